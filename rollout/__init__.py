@@ -1,0 +1,1 @@
+"""Sampling: engines, weight sync, rewards, dynamic sampling with recovery, evaluation."""

@@ -1,0 +1,42 @@
+"""The ranks of a run as this floor sees them: who am I, and Python objects to and from rank 0.
+
+Objects travel over a gloo group of their own (`torch.distributed`'s object collectives), never over the training group, so that
+a slow rollout and a gradient never wait for each other's collective. One process alone needs no group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """rank in [0, size). group: a gloo group of all ranks, or None where size is 1."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank holds the run's state and takes its decisions."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; what the others pass is ignored."""
+        if self.size == 1:
+            return value
+        box = [value if self.first else None]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value in order of rank, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values

@@ -1,0 +1,98 @@
+"""Dynamic sampling with Recent Sample Recovery (Algorithm 1 of arXiv 2506.18330), and the ledger of every prompt drawn.
+
+    B_c ← B_r
+    repeat: sample questions from the current policy, G outputs each; reward; filter; append the legitimate groups to B_c
+    until |B_c| ≥ N
+    train on B_c[:N];  B_r ← B_c[N:], for the next step only
+
+At least one round is sampled, also where B_r alone fills the batch. "For the next step only": a group that was already recovered once
+and still finds no place expires, so nothing older than one policy step is ever trained on. Pure decisions, no engine and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from rollout.types import Group
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counts of prompts over the whole run. Every prompt drawn ends in exactly one of the five below `drawn`, or waits in the recovery
+    buffer: drawn = trained + uniform + recovered + expired + failed + pending."""
+
+    drawn: int = 0
+    trained: int = 0
+    """Trained on in the step that drew it."""
+    uniform: int = 0
+    """All outputs right or all wrong: filtered."""
+    recovered: int = 0
+    """Trained on one step after it was drawn."""
+    expired: int = 0
+    """Legitimate surplus that was never trained on."""
+    failed: int = 0
+    """Never became a group: the prompt is too long, or sampling or judging it failed."""
+
+    def pending(self) -> int:
+        """Prompts that must be in the recovery buffer; 0 when the run has ended."""
+        return self.drawn - self.trained - self.uniform - self.recovered - self.expired - self.failed
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def legitimate(group: Group) -> bool:
+    """0 < right < G: the outputs disagree, so the group teaches something."""
+    return 0 < group.right < len(group.verdicts)
+
+
+@dataclass(slots=True)
+class BatchCollector:
+    """Collects one step's batch. `recovered` is the last step's buffer; `ledger` is counted up in place.
+
+    dynamic False (stage 1): every group is taken, nothing is filtered and there is no surplus to recover.
+    """
+
+    step: int
+    needed: int
+    dynamic: bool
+    recovered: Sequence[Group]
+    ledger: Ledger
+    sampled: list[Group] = field(default_factory=list)
+    """Every group sampled in this step, legitimate or not, for the metrics."""
+    rounds: int = 0
+    _batch: list[Group] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._batch.extend(self.recovered)
+
+    @property
+    def collected(self) -> int:
+        """|B_c|."""
+        return len(self._batch)
+
+    @property
+    def complete(self) -> bool:
+        return self.rounds > 0 and self.collected >= self.needed
+
+    def add_round(self, groups: Sequence[Group], drawn: int) -> None:
+        """One round's groups, in the order their prompts were drawn. drawn: how many prompts that were; what is missing has failed."""
+        self.rounds += 1
+        self.sampled.extend(groups)
+        kept = [group for group in groups if not self.dynamic or legitimate(group)]
+        self._batch.extend(kept)
+        self.ledger.drawn += drawn
+        self.ledger.failed += drawn - len(groups)
+        self.ledger.uniform += len(groups) - len(kept)
+
+    def finish(self, *, recover: bool, capacity: int | None = None) -> tuple[list[Group], list[Group]]:
+        """(the N groups to train on, the next step's recovery buffer). Called once, when `complete`."""
+        batch, surplus = self._batch[: self.needed], self._batch[self.needed :]
+        fresh = [group for group in surplus if recover and group.drawn_step == self.step]
+        buffer = fresh[:capacity]
+        now = sum(group.drawn_step == self.step for group in batch)
+        self.ledger.trained += now
+        self.ledger.recovered += len(batch) - now
+        self.ledger.expired += len(surplus) - len(buffer)
+        return batch, buffer

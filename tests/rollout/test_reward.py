@@ -1,0 +1,109 @@
+"""The order of the reward's checks, and that the filter is a filter: what it takes out is never checked for correctness."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rollout.reward.pipeline import RepetitionLimits, Reward
+from rollout.types import Prompt, Sample, Verdict
+
+PREFILL = "<think>\n"
+PROMPT = Prompt("p", "1+1?", "2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    made.add_special_tokens({"additional_special_tokens": ["<turn>", "<tool>"]})
+    return made
+
+
+class Recorder:
+    """A verifier that says right to "2" and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def verify(self, pairs):
+        self.batches.append([answer for _, answer in pairs])
+        return [Verdict(answer == prompt.answer, "right" if answer == prompt.answer else "wrong") for prompt, answer in pairs]
+
+
+def sample(tokenizer, text: str, finish_reason: str = "stop") -> Sample:
+    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    return Sample(ids, np.zeros(len(ids), np.float32), finish_reason, weight_version=1)
+
+
+def count_of_7(token_ids: np.ndarray) -> str | None:
+    """Stands for the detector: three tokens of the byte "7" in a part count as repeated."""
+    assert token_ids.dtype == np.int32
+    seven = sorted(pre_tokenizers.ByteLevel.alphabet()).index("7")
+    return "777" if (token_ids == seven).sum() >= 3 else None
+
+
+def judge(tokenizer, *texts: str, finish_reason: str = "stop", **options) -> tuple[list[Verdict], Recorder]:
+    verifier = Recorder()
+    reward = Reward(verifier, tokenizer, prefill=PREFILL, find_repetition=count_of_7, **options)
+    return reward.judge([(PROMPT, sample(tokenizer, text, finish_reason)) for text in texts]), verifier
+
+
+def test_each_check_in_order_and_one_batch_for_the_verifier(tokenizer):
+    verdicts, verifier = judge(
+        tokenizer,
+        "add</think><answer> 2 </answer><end>",
+        "no blocks<end>",
+        "7 7 7</think><answer>2</answer><end>",
+        "add</think><answer>7,7,7</answer><end>",
+        "add 7</think><answer>77</answer><end>",
+        "add</think><answer>2</answer><end>",
+    )
+    assert [verdict.reason for verdict in verdicts] == ["right", "format", "repetition", "repetition", "wrong", "right"]
+    assert [verdict.reward for verdict in verdicts] == [1, -1, -1, -1, -1, 1]
+    assert verifier.batches == [["2", "77", "2"]], "filtered samples were checked for correctness, or not in one batch"
+    assert "think_not_closed at character 0" in verdicts[1].detail
+    assert verdicts[2].detail == "thinking: 777"
+    assert verdicts[3].detail == "answer: 777"
+
+
+def test_truncated_comes_first_even_where_the_text_is_right(tokenizer):
+    verdicts, verifier = judge(tokenizer, "7 7 7</think><answer>2</answer>", finish_reason="length")
+    assert verdicts[0].reason == "truncated"
+    assert verifier.batches == [], "an empty batch needs no verifier"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        ("t</think><answer>2</answer><end>", {}, "right"),
+        ("t</think><answer>2</answer>", {}, "right"),
+        ("t</think><answer>2</answer><turn><end>", {"end_token_ids": ["<turn>"]}, "right"),
+        ("t</think><answer>2</answer><turn>", {}, "format"),
+        ("t</think><tool><answer>2</answer><end>", {}, "format"),
+        ("t</think><answer>2<end></answer><end>", {}, "wrong"),
+    ],
+)
+def test_only_end_tokens_at_the_end_are_stripped(tokenizer, text, options, reason):
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in options.get("end_token_ids", [])]
+    verdicts, _ = judge(tokenizer, text, end_token_ids=ends)
+    assert verdicts[0].reason == reason
+
+
+def test_no_samples(tokenizer):
+    assert judge(tokenizer)[0] == []
+
+
+def test_the_real_detector_is_the_default(tokenizer):
+    pytest.importorskip("rollout.reward.repetition", reason="the repetition detector is not there")
+    verifier = Recorder()
+    reward = Reward(verifier, tokenizer, prefill=PREFILL, repetition=RepetitionLimits())
+    loop, plain = "wait, let me check that again. " * 60, "One and one are two, as two fingers beside each other show."
+    parts = [(loop, "2"), (plain, "2"), (plain, "1" + 9 * "0"), (plain, loop)]
+    verdicts = reward.judge([(PROMPT, sample(tokenizer, f"{a}</think><answer>{b}</answer><end>")) for a, b in parts])
+    assert [verdict.reason for verdict in verdicts] == ["repetition", "right", "wrong", "repetition"]
+    assert verdicts[0].detail.startswith("thinking: ")
+    assert verdicts[3].detail.startswith("answer: ")

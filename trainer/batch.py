@@ -1,0 +1,118 @@
+"""From a step's groups to what the policy is fed: sequences, mini-batches, packed micro-batches.
+
+`TrainingBatch` is the same on every rank; each takes its own micro-batches out of it by the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout.types import Group
+from trainer.advantage import advantages
+from trainer.attention import SequenceLayout
+from trainer.config import StageConfig
+from trainer.packing import pack
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One prompt with one response. prompt, response: int32 [m], [n]; sampled_logprobs: float32 [n], nats."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+    sampled_logprobs: np.ndarray
+    advantage: float
+    weight: float
+    """Share of each of its response tokens in the mini-batch's loss."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """What one optimizer step sees, on all ranks together."""
+
+    sequences: tuple[TokenSequence, ...]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(sequence.response) for sequence in self.sequences)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Packed sequences on one rank. T tokens in all, R of them response tokens. `old_logprob_R` and `entropy_sum` are filled by scoring."""
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    layout: SequenceLayout
+    rows_R: Tensor
+    """Where the hidden state stands that predicts each response token."""
+    labels_R: Tensor
+    advantage_R: Tensor
+    weight_R: Tensor
+    sampled_logprob_R: Tensor
+    old_logprob_R: Tensor | None = None
+    ref_logprob_R: Tensor | None = None
+    indices: tuple[int, ...] = field(default=())
+    """Which sequences of the mini-batch these are, in packed order; a sequence's R rows stand together."""
+
+
+def mini_batches(groups: Sequence[Group], stage: StageConfig) -> list[MiniBatch]:
+    """The step's N groups, in order, cut into `stage.batch.mini_batches` equal parts, with advantages and token weights.
+
+    response_mean: weight = 1 / (responses · n) for a response of n tokens (GRPO).
+    token_sum: weight = 1 / divisor, a constant of the stage (DAPO's objective here: a sum over tokens).
+    """
+    size = len(groups) // stage.batch.mini_batches
+    return [_mini_batch(groups[start : start + size], stage) for start in range(0, len(groups), size)]
+
+
+def _mini_batch(groups: Sequence[Group], stage: StageConfig) -> MiniBatch:
+    responses = sum(len(group.samples) for group in groups)
+    divisor = stage.objective.divisor or responses * stage.response_limit
+    sequences = []
+    for group in groups:
+        for sample, advantage in zip(group.samples, advantages(group.rewards, stage.objective), strict=True):
+            per_token = stage.objective.loss_aggregation == "token_sum"
+            weight = 1 / divisor if per_token else 1 / (responses * len(sample.token_ids))
+            sequences.append(TokenSequence(group.prompt_token_ids, sample.token_ids, sample.logprobs, advantage, weight))
+    return MiniBatch(tuple(sequences))
+
+
+def micro_batches(batch: MiniBatch, *, rank: int, ranks: int, budget: int, at_least: int, device: torch.device) -> list[MicroBatch]:
+    """This rank's share of `batch`, packed. Every rank gets the same number of micro-batches; where sequences run out, one of a single
+    prompt token that takes no part."""
+    plan = pack([len(sequence) for sequence in batch.sequences], ranks=ranks, budget=budget, at_least=at_least)
+    return [collate([batch.sequences[index] for index in indices], device, tuple(indices)) for indices in plan[rank]]
+
+
+def collate(sequences: Sequence[TokenSequence], device: torch.device, indices: tuple[int, ...] = ()) -> MicroBatch:
+    """Sequences end to end; positions restart in each. The hidden state at position p predicts the token at p + 1."""
+    if not sequences:
+        nothing = np.zeros(0, dtype=np.float32)
+        sequences = [TokenSequence(np.zeros(1, dtype=np.int32), nothing.astype(np.int32), nothing, 0.0, 0.0)]
+    starts = np.cumsum([0] + [len(sequence) for sequence in sequences])
+    rows = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for start, s in zip(starts[:-1], sequences, strict=True)]
+    counts = [len(sequence.response) for sequence in sequences]
+
+    def tensor(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.concatenate(parts)).to(device=device, dtype=dtype)
+
+    return MicroBatch(
+        input_ids_T=tensor([part for s in sequences for part in (s.prompt, s.response)], torch.long),
+        position_ids_T=tensor([np.arange(len(sequence)) for sequence in sequences], torch.long),
+        layout=SequenceLayout.of([len(sequence) for sequence in sequences], device),
+        rows_R=tensor(rows, torch.long),
+        labels_R=tensor([sequence.response for sequence in sequences], torch.long),
+        advantage_R=tensor([np.repeat([sequence.advantage for sequence in sequences], counts)], torch.float32),
+        weight_R=tensor([np.repeat([sequence.weight for sequence in sequences], counts)], torch.float32),
+        sampled_logprob_R=tensor([sequence.sampled_logprobs for sequence in sequences], torch.float32),
+        indices=indices,
+    )

@@ -1,0 +1,264 @@
+"""One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
+
+The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a stage
+overrides single keys of them. After reading, each stage holds its sections whole. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """An unknown key is an error, and a configuration does not change once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face folder: config.json, *.safetensors, tokenizer with a chat template. Qwen2, Qwen3 or Llama."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; master weights and reductions are fp32 in any case. auto: bfloat16 on a GPU, float32 on CPU."""
+    gradient_checkpointing: bool = False
+    reference: Path | None = None
+    """Reference policy of the KL term; None: `path` itself. Loaded only where objective.kl_coefficient > 0."""
+
+
+class TemplateConfig(Section):
+    system: str | None = None
+    """System prompt; None: the R1 system prompt (`rollout.template.R1_SYSTEM`); "" : none."""
+    prefill: str = "<think>\n"
+    """Opens the response; it stands in the prompt and is judged with the response."""
+
+
+class PromptsFile(Section):
+    path: Path
+    columns: dict[str, str] = {}
+    """Logical field (id, question, answer, solution, source, metadata) → the file's column."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer, searched in the answer column (GSM8K: '####\\s*(.+)$')."""
+
+
+class EvaluationSet(PromptsFile):
+    name: str
+    limit: Positive | None = None
+    """Use the first so many prompts of the file; None: all."""
+
+
+class DataConfig(Section):
+    train: PromptsFile | None = None
+    max_prompt_tokens: Positive = 1024
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, gt=0)
+    """Also divides the logits in every log-probability of the loss. No top-p here: the loss must see what was sampled from."""
+
+
+class BatchConfig(Section):
+    """N groups of G outputs a step. The paper says 256 samples a batch and not whether outputs or questions are meant."""
+
+    groups: Positive = 256
+    """N."""
+    group_size: int = Field(default=16, ge=2)
+    """G."""
+    mini_batches: Positive = 1
+    """Optimizer steps a batch; divides N."""
+    dynamic: bool = False
+    """Keep only groups with 0 < right < G and sample until there are N (DAPO)."""
+    prompts_per_round: Positive | None = None
+    """Questions a sampling round draws; None: N. The paper is silent."""
+    max_rounds: Positive = 64
+    """A step that has not found N groups after so many rounds ends the run, saying so."""
+
+
+class ObjectiveConfig(Section):
+    """The defaults are GRPO; the recipe's stages 2 and 3 set loss_aggregation: token_sum, advantage: pshw and clip_high."""
+
+    loss_aggregation: Literal["response_mean", "token_sum"] = "response_mean"
+    """response_mean: mean over responses of each one's mean over tokens (GRPO). token_sum: sum over tokens by a constant (DAPO here)."""
+    divisor: float | None = Field(default=None, gt=0)
+    """token_sum's constant for a mini-batch; None: responses in the mini-batch × response limit, so never the batch's own lengths."""
+    advantage: Literal["grpo", "centered", "pshw"] = "grpo"
+    """grpo: (R - μ) / (std + 1e-6). centered: R - μ. pshw: (R - μ)(α μ + 1.256)."""
+    std_correction: Literal[0, 1] = 1
+    """grpo: divisor of the variance is G minus this. The paper is silent; 1 is what other trainers compute."""
+    pshw_alpha: float = -0.256
+    pshw_base: float = 1.256
+    clip_low: Fraction = 0.2
+    clip_high: float = Field(default=0.2, gt=0)
+    """The paper does not give its clips; DAPO's own are 0.2 and 0.28."""
+    entropy_target: float | None = Field(default=None, ge=0)
+    """TER's target for the mean token entropy, nats (paper: 0.55 in stage 1). None: no TER."""
+    entropy_coefficient: float = Field(default=0.001, ge=0)
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy ‖ reference). The paper does not mention one."""
+
+
+class RecoveryConfig(Section):
+    """Recent Sample Recovery: the surplus of a step's legitimate groups opens the next step's batch."""
+
+    enabled: bool = False
+    capacity: Positive | None = None
+    """At most so many groups are kept (the first ones); None: all. The paper is silent."""
+
+
+class ActorConfig(Section):
+    lr: float = Field(default=1e-6, gt=0)
+    """AdamW. The paper is silent on the optimizer."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps, counted over the whole run, in which the rate rises linearly."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    tokens_per_micro_batch: Positive = 16384
+    """Token budget of a packed micro-batch on one rank, prompts included."""
+    micro_batches: Positive | None = None
+    """At least so many micro-batches a mini-batch on each rank; None: as many as the budget asks."""
+
+
+class StageConfig(Section):
+    name: str
+    steps: Positive
+    context: Positive
+    """Tokens of prompt and response together; the response may have context - data.max_prompt_tokens."""
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    batch: BatchConfig = BatchConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    actor: ActorConfig = ActorConfig()
+
+    @property
+    def response_limit(self) -> int:
+        return self.context - self.data.max_prompt_tokens
+
+    @model_validator(mode="after")
+    def _possible(self) -> StageConfig:
+        limit, batch = self.data.max_prompt_tokens, self.batch
+        if self.data.train is None:
+            raise ValueError("data.train is missing: a stage needs prompts; set data.train.path for the run or for this stage")
+        if self.context <= limit:
+            raise ValueError(f"context {self.context} leaves no room beside data.max_prompt_tokens {limit}: raise context above it")
+        if batch.groups % batch.mini_batches:
+            raise ValueError(f"batch.groups {batch.groups} is not divisible by batch.mini_batches {batch.mini_batches}")
+        if self.actor.tokens_per_micro_batch < self.context:
+            raise ValueError(
+                f"actor.tokens_per_micro_batch {self.actor.tokens_per_micro_batch} is smaller than context {self.context}: "
+                "one sequence must fit; raise it"
+            )
+        if self.recovery.enabled and not batch.dynamic:
+            raise ValueError("recovery.enabled needs batch.dynamic: true (without it a step has no surplus to recover)")
+        return self
+
+
+class EngineConfig(Section):
+    kind: Literal["transformers"] = "transformers"
+    tokens_per_batch: Positive = 65536
+    """Upper bound on sequences × context of one `generate` call on one rank."""
+
+
+class RepetitionConfig(Section):
+    """When a text of n tokens counts as repetitive (`rollout.reward.pipeline.RepetitionLimits`). The paper gives no thresholds."""
+
+    ngram: Positive = 20
+    min_covered: float = Field(default=0.2, gt=0, le=1)
+    min_count: int = Field(default=5, ge=3)
+    min_tokens: Positive = 64
+    max_ngram_share: float = Field(default=0.4, gt=0, le=1)
+
+
+class RewardConfig(Section):
+    rule: Literal["math-verify", "reasoning-gym"] = "math-verify"
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    workers: Positive = 1
+    """Verifier processes on each rank."""
+    repetition: RepetitionConfig = RepetitionConfig()
+
+
+class EvaluationConfig(Section):
+    sets: tuple[EvaluationSet, ...] = ()
+    every: Positive | None = None
+    """Steps between evaluations; None: only before the first and after the last step."""
+    k: Positive = 4
+    """Sampled responses a question; pass@1 is their mean correctness."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.7, gt=0, le=1)
+    max_new_tokens: Positive | None = None
+    """None: the last stage's response limit."""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 10
+    """Steps between checkpoints; one is always written after the last step."""
+    keep: Positive = 2
+
+
+class ParallelConfig(Section):
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Deadline of a collective."""
+
+
+class WarmupConfig(Section):
+    """Supervised learning on worked solutions in the R1 form: `python -m trainer.warmup CONFIG` writes model.path from `base`."""
+
+    base: Path
+    data: PromptsFile
+    strip: tuple[str, ...] = ()
+    """Regular expressions removed from a solution before it becomes the thinking."""
+    steps: Positive
+    sequences: Positive = 32
+    """Sequences an optimizer step."""
+    lr: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    max_tokens: Positive = 1024
+    """Longer examples are left out, and counted."""
+
+
+class RunConfig(Section):
+    run: Path
+    """The run folder."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: ModelConfig
+    template: TemplateConfig = TemplateConfig()
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    warmup: WarmupConfig | None = None
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def evaluation_response_limit(self) -> int:
+        return self.evaluation.max_new_tokens or self.stages[-1].response_limit
+
+    def stage_of(self, step: int) -> int:
+        """Index of the stage that step belongs to. Steps count from 0 over the whole run."""
+        for index, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return index
+            step -= stage.steps
+        return len(self.stages) - 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        for kind, names in (("stages", [s.name for s in self.stages]), ("evaluation.sets", [s.name for s in self.evaluation.sets])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind}: two of the same name in {names}; give each its own")
+        return self
+
+
+STAGE_SECTIONS = ("data", "sampling", "batch", "objective", "recovery", "actor")

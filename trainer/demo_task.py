@@ -1,0 +1,123 @@
+"""What the demo starts from: problems of reasoning-gym, worked solutions for the warm-up, a tokenizer and a tiny random Qwen2.
+
+Problems and scorer are reasoning-gym's chain_sum. A worked solution adds up term by term, and words each line at random: several ways to
+say the same thing, as in real text, so that the warmed-up policy has an entropy for TER to hold.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DIFFICULTY = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1, "allow_negation": False}
+OPENERS = ("first", "next", "then", "now", "so", "we get", "step:", "again", "we add", "look:", "here", "先", "再", "现在", "算", "得")
+EQUALS = ("=", "is", "gives", "makes", "equals", "等于")
+PARTS = {"warmup": 4000, "train": 3000, "heldout": 150}
+"""Problems in each file. They come out of one stream without repeats, so no held-out problem was seen in training."""
+
+END, USER, ASSISTANT = "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}"
+    "{% else %}{{ '" + ASSISTANT + "' + message['content'] + '" + END + "' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+
+
+def write_problems(folder: Path, seed: int) -> None:
+    """warmup.jsonl (with solutions), train.jsonl and heldout.jsonl, in the prompts format, disjoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = _problems(seed)
+    for part, count in PARTS.items():
+        rows = []
+        for number in range(count):
+            entry, generator = next(stream)
+            row = {
+                "id": f"{part}-{number:05d}",
+                "question": entry["question"],
+                "answer": entry["answer"],
+                "source": entry["metadata"]["source_dataset"],
+                "metadata": entry,
+            }
+            if part == "warmup":
+                row["solution"] = worked_solution(entry["metadata"]["expression"], generator)
+            rows.append(json.dumps(row, ensure_ascii=False))
+        (folder / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _problems(seed: int) -> Iterator[tuple[dict[str, Any], random.Random]]:
+    """Entries of chain_sum, each question once, with a random generator for its wording."""
+    import reasoning_gym
+
+    generator = random.Random(seed)
+    seen: set[str] = set()
+    for entry in reasoning_gym.create_dataset("chain_sum", size=20 * sum(PARTS.values()), seed=seed, **DIFFICULTY):
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            yield entry, generator
+
+
+def worked_solution(expression: str, generator: random.Random) -> str:
+    """'4 + 17 - 9' → 'first 4 + 17 = 21\\nso 21 - 9 = 12', each line worded at random."""
+    terms = expression.split()
+    value, lines = int(terms[0]), []
+    for operator, term in zip(terms[1::2], terms[2::2], strict=True):
+        result = value + int(term) if operator == "+" else value - int(term)
+        lines.append(f"{generator.choice(OPENERS)} {value} {operator} {term} {generator.choice(EQUALS)} {result}")
+        value = result
+    return "\n".join(lines)
+
+
+def write_base_model(folder: Path, corpus: Path, seed: int) -> None:
+    """A tokenizer trained on `corpus` (a prompts file with solutions) and a Qwen2 of 0.8 M random parameters."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_train_tokenizer([row["question"] + "\n" + row["solution"] for row in rows]), eos_token=END, pad_token=END
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer(texts: list[str]) -> Any:
+    """Byte-level BPE that keeps digits apart; R1's markers and the four tags are single tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=420,
+            special_tokens=[END, USER, ASSISTANT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer

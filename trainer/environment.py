@@ -1,0 +1,49 @@
+"""What must hold before anything heavy is imported, and one writer a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import socket
+from pathlib import Path
+
+from rollout.errors import InputError
+
+
+def check_packages() -> None:
+    """Raises InputError where Hugging Face's `kernels` distribution is installed: it and ours claim the same import name, and
+    transformers would load one for the other."""
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise InputError(f"environment: the distribution 'kernels' {version} hides Keju's own package; run: pip uninstall kernels")
+
+
+class RunLock:
+    """Exclusive use of a run folder for as long as this process lives: the kernel drops the lock with the process, so none goes stale.
+
+    Raises InputError naming the owner where another living process holds it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self._file = open(run / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held open is what holds the lock)
+        except OSError as error:
+            raise InputError(f"{run}: run: cannot be used as a run folder ({error.strerror}); name another") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "an unknown process"
+            self._file.close()
+            raise InputError(f"{run}: run: in use by a living run ({owner}); stop it or name another run folder") from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

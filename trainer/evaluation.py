@@ -1,0 +1,48 @@
+"""Held-out problems under the current weights: pass@1 as the mean correctness of k sampled outputs (PAPER: temperature 1.0, top-p 0.7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rollout.engine import Decoding
+from rollout.ranks import Ranks
+from rollout.sampler import Sampler
+from rollout.types import Group, Prompt
+from trainer.config import RunConfig
+
+SEED = (2**31, 0)
+"""Evaluations draw from seeds of their own, the same ones each time: what differs between two of them is the policy."""
+
+
+def evaluate(sampler: Sampler, sets: Mapping[str, Sequence[Prompt]], config: RunConfig, ranks: Ranks, step: int) -> list[dict[str, Any]]:
+    """One eval row a set, in the configuration's order; on ranks other than 0 an empty list. A collective. Prompts are not counted
+    in the ledger."""
+    settings = config.evaluation
+    decoding = Decoding(config.evaluation_response_limit, settings.temperature, settings.top_p)
+    rows = []
+    for index, each in enumerate(settings.sets):
+        start = time.perf_counter()
+        prompts = ranks.broadcast(sets[each.name] if ranks.first else None)
+        seconds = {"sample": 0.0, "reward": 0.0}
+        groups = sampler.sample_groups(
+            prompts, settings.k, decoding, seed=(*SEED, index), seconds=seconds, step=step, phase="evaluate", note=each.name
+        )
+        if ranks.first:
+            rows.append({"kind": "eval", "step": step, "name": each.name, **summarize(groups), "time/evaluate": time.perf_counter() - start})
+    return rows
+
+
+def summarize(groups: Sequence[Group]) -> dict[str, Any]:
+    """pass@1, counts, mean length in tokens, shares of truncated and of misformatted outputs."""
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    return {
+        "pass@1": sum(verdict.right for verdict in verdicts) / len(verdicts),
+        "count": len(groups),
+        "k": len(groups[0].samples),
+        "length/mean": sum(lengths) / len(lengths),
+        "truncated": sum(verdict.reason == "truncated" for verdict in verdicts) / len(verdicts),
+        "format": sum(verdict.reason == "format" for verdict in verdicts) / len(verdicts),
+    }

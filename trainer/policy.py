@@ -1,0 +1,101 @@
+"""The policy: a Hugging Face causal model whose output head computes the loss instead of logits, sharded with FSDP2.
+
+`Policy.forward` runs the decoder over packed sequences and hands the hidden states that predict response tokens to `LossHead`. The head
+is a module with the output weight as its parameter, so FSDP2 shards that weight like any other and gathers it whole for just
+the time of the head's forward and backward. Tied weights stay with the embedding, in the root's group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rollout.errors import InputError
+from trainer.attention import NAME as PACKED_ATTENTION
+from trainer.batch import MicroBatch
+
+HeadFunction = Callable[[Tensor, Tensor], Any]
+"""(hidden_RD, weight_VD) → whatever the caller wants computed while the weight is whole."""
+
+
+class LossHead(nn.Module):
+    """Owns the output weight [V, D]; computes `function(hidden_RD, weight)`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden_RD: Tensor, function: HeadFunction) -> Any:
+        return function(hidden_RD, self.weight)
+
+
+class Policy(nn.Module):
+    """`causal_lm` with its lm_head replaced by a `LossHead`. Parameter names are the model's own behind 'causal_lm.'."""
+
+    def __init__(self, causal_lm: nn.Module) -> None:
+        super().__init__()
+        self.tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
+        causal_lm.lm_head = LossHead(causal_lm.lm_head.weight)
+        self.causal_lm = causal_lm
+
+    def forward(self, batch: MicroBatch, function: HeadFunction) -> Any:
+        hidden_TD = self.causal_lm.model(
+            input_ids=batch.input_ids_T.unsqueeze(0),
+            position_ids=batch.position_ids_T.unsqueeze(0),
+            layout=batch.layout,
+            use_cache=False,
+        ).last_hidden_state.squeeze(0)
+        return self.causal_lm.lm_head(hidden_TD[batch.rows_R], function)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(the model's own parameter name, whole detached weight), one at a time. A collective: every rank iterates to the end."""
+        for name, parameter in self.causal_lm.named_parameters():
+            yield name, parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype, attention: str = PACKED_ATTENTION) -> nn.Module:
+    """The model of a folder that `trainer.model_folder.check_model_folder` accepts, on the CPU, in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    other = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
+    if other:
+        raise InputError(f"{path}/config.json: layer_types {sorted(other)} are not supported; only full_attention is")
+    if model.lm_head.bias is not None:
+        raise InputError(f"{path}/config.json: an lm_head with a bias is not supported")
+    return model
+
+
+def build_policy(
+    path: Path, *, mesh: DeviceMesh, precision: torch.dtype, gradient_checkpointing: bool = False, trainable: bool = True
+) -> Policy:
+    """Loads, shards and places a policy: fp32 master weights, `precision` in compute, fp32 reduction of gradients.
+
+    Each decoder layer is one FSDP unit; an untied head is its own; embedding, last norm and a tied head form the root.
+    """
+    causal_lm = load_causal_lm(path, torch.float32)
+    if gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(causal_lm).requires_grad_(trainable)
+    policy.train(trainable)
+    return shard(policy, mesh, precision)
+
+
+def shard(policy: Policy, mesh: DeviceMesh, precision: torch.dtype) -> Policy:
+    """`fully_shard` per layer. Inputs are not cast: the loss's own inputs (old log-probabilities, weights) must stay fp32."""
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for layer in policy.causal_lm.model.layers:
+        fully_shard(layer, **options)
+    if not policy.tied:
+        fully_shard(policy.causal_lm.lm_head, **options)
+    return fully_shard(policy, **options)

@@ -1,0 +1,80 @@
+"""Builds what a run consists of, on each rank, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from kernels.backend import loss_path
+from rollout.ranks import Ranks
+from rollout.reward.pipeline import RepetitionLimits, Reward
+from rollout.reward.rule import RuleVerifier
+from rollout.sampler import Sampler
+from rollout.transformers_engine import TransformersEngine
+from trainer.actor import Actor
+from trainer.config import ModelConfig, RunConfig
+from trainer.policy import Policy, build_policy, load_causal_lm
+from trainer.text import end_tokens, load_tokenizer, prompt_encoder
+
+
+@dataclass(slots=True)
+class Parts:
+    """The pieces of a run on one rank."""
+
+    actor: Actor
+    engine: TransformersEngine
+    sampler: Sampler
+    verifier: RuleVerifier
+
+    def paths(self) -> dict[str, str]:
+        """Which implementation of each exchangeable part runs; goes into every metrics row."""
+        return {"path/loss": loss_path(), "path/engine": self.engine.name}
+
+    def close(self) -> None:
+        self.verifier.close()
+        self.engine.close()
+
+
+def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, phase: Callable[..., Any]) -> Parts:
+    """Everything but data. phase: the console's. The verifier's processes start first, beside the model's loading."""
+    verifier = RuleVerifier(config.reward.rule, config.reward.workers, config.reward.timeout_seconds)
+    tokenizer = load_tokenizer(config.model.path)
+    end_token_ids = end_tokens(config.model.path, tokenizer)
+    reward = Reward(
+        verifier,
+        tokenizer,
+        prefill=config.template.prefill,
+        end_token_ids=end_token_ids,
+        repetition=RepetitionLimits(**config.reward.repetition.model_dump()),
+    )
+    engine = TransformersEngine(
+        load_causal_lm(config.model.path, precision_of(config.model, device), attention="sdpa").to(device),
+        end_token_ids=end_token_ids,
+        tokens_per_batch=config.engine.tokens_per_batch,
+    )
+    sampler = Sampler(engine, reward, prompt_encoder(tokenizer, config.template), ranks, phase, config.seed)
+    return Parts(build_actor(config, ranks, mesh, device), engine, sampler, verifier)
+
+
+def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device) -> Actor:
+    """The sharded policy with its optimizer, and the frozen reference where a stage has a KL term."""
+    precision = precision_of(config.model, device)
+    reference: Policy | None = None
+    if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
+        reference = build_policy(config.model.reference or config.model.path, mesh=mesh, precision=precision, trainable=False)
+    policy = build_policy(
+        config.model.path, mesh=mesh, precision=precision, gradient_checkpointing=config.model.gradient_checkpointing
+    )
+    return Actor(policy, config.stages[0].actor, rank=ranks.rank, ranks=ranks.size, device=device, reference=reference)
+
+
+def precision_of(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """Compute dtype of the policy and the engine."""
+    if model.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, model.precision)
+

@@ -1,0 +1,92 @@
+"""One train row of metrics.jsonl from what a step's stages returned: a pure function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rollout.recovery import Ledger
+from rollout.sampler import Collected
+from rollout.types import Group
+from trainer.actor import ScoredMiniBatch, UpdateResult
+from trainer.config import StageConfig
+
+
+def step_row(
+    collected: Collected, scored: Sequence[ScoredMiniBatch], updates: Sequence[UpdateResult], ledger: Ledger, pending: int, stage: StageConfig
+) -> dict[str, Any]:
+    """What a step measured, without step number and times. Rewards, verdicts and lengths are over every output sampled in the step;
+    losses, entropy and ratios over the outputs trained on."""
+    return {
+        **_sampled(collected.sampled),
+        **_trained(updates, stage),
+        **_mismatch(scored),
+        "sampling/rounds": collected.rounds,
+        "sampling/over_generation": len(collected.sampled) / len(collected.batch),
+        **{f"ledger/{fate}": count for fate, count in ledger.as_dict().items()},
+        "ledger/pending": ledger.pending(),
+        "recovery/size": pending,
+    }
+
+
+def _sampled(groups: Sequence[Group]) -> dict[str, float]:
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    if not verdicts:
+        return {}
+    lengths = np.array([len(sample.token_ids) for group in groups for sample in group.samples])
+    right = np.array([verdict.right for verdict in verdicts])
+    row = {
+        "reward/mean": float(np.mean([verdict.reward for verdict in verdicts])),
+        "reward/accuracy": float(right.mean()),
+        "length/mean": float(lengths.mean()),
+        "length/max": int(lengths.max()),
+    }
+    if right.any():
+        row["length/right"] = float(lengths[right].mean())
+    if not right.all():
+        row["length/wrong"] = float(lengths[~right].mean())
+    reasons = Counter(verdict.reason for verdict in verdicts)
+    return row | {f"verdict/{reason}": count / len(verdicts) for reason, count in sorted(reasons.items())}
+
+
+def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, Any]:
+    """Means over the step's mini-batches; extremes over all of them."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(update, name) for update in updates) / len(updates)
+
+    row = {
+        "loss/total": mean("policy_loss") + mean("entropy_loss"),
+        "loss/policy": mean("policy_loss"),
+        "entropy/mean": mean("mean_entropy"),
+        "grad_norm": mean("grad_norm"),
+        "lr": updates[-1].lr,
+        "ratio/max": max(update.ratio_max for update in updates),
+        "ratio/min": min(update.ratio_min for update in updates),
+        "clip/low": mean("clipped_low"),
+        "clip/high": mean("clipped_high"),
+        "kl/old_new": mean("old_kl"),
+        "update/skipped": sum(update.skipped for update in updates),
+    }
+    if stage.objective.entropy_target is not None:
+        row |= {
+            "entropy/target": stage.objective.entropy_target,
+            "loss/entropy": mean("entropy_loss"),
+            "ter/sign_misses": sum(update.sign_missed for update in updates),
+        }
+    if stage.objective.kl_coefficient > 0:
+        row |= {"loss/kl": stage.objective.kl_coefficient * mean("ref_kl"), "kl/reference": mean("ref_kl")}
+    return row
+
+
+def _mismatch(scored: Sequence[ScoredMiniBatch]) -> dict[str, float]:
+    """Sampled against recomputed log-probabilities of the batch. Recovered groups were sampled one policy earlier, so they count here with
+    what the policy moved since."""
+    tokens = sum(batch.whole.response_tokens for batch in scored)
+    return {
+        "mismatch/mean": sum(batch.mismatch_sum for batch in scored) / tokens,
+        "mismatch/max": max(batch.mismatch_max for batch in scored),
+    }
