@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, setup
 
@@ -65,6 +66,9 @@ class Build(BuildExtension):
 
     def build_extensions(self) -> None:
         find_compiler()
+        if self.editable_mode:
+            # pip gives an editable build a fresh temporary folder, in which nothing could be reused.
+            self.build_temp = f"build/temp.{get_platform()}-{sys.implementation.cache_tag}"
         super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:

@@ -4,7 +4,8 @@
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers torch.ops.keju; holds nothing itself.", -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_native", "Registers torch.ops.keju; holds nothing itself.", -1, nullptr, nullptr, nullptr, nullptr,
+      nullptr};
   return PyModule_Create(&definition);
 }

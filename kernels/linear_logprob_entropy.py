@@ -2,8 +2,8 @@
 
     logits_TV = hidden_TD @ weight_VD^T      in chunks of rows, fp32, each dropped as soon as it has been reduced
 
-Forward alone is 1 GEMM. With gradient the chunk's logits are computed again in backward (4 GEMMs in all): the gradient that comes in
-is not known before. Where it is known, `linear_policy_loss` needs 3.
+Forward alone is 1 GEMM. With gradient the chunk's logits are computed again in backward (4 GEMMs in all): the gradient that comes
+in is not known before. Where it is known, `linear_policy_loss` needs 3.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ quantity; the caller assumes it from the scoring pass, gets the true entropies b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,10 @@ from kernels.matmul import matmul_fp32
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossInputs:
-    """Per-token inputs, all [T], fp32 (fp64 for exact tests), and the scalars of the loss. See `reference.clipped_policy_loss`."""
+    """Per-token inputs, all [T], fp32 (fp64 for exact tests), and the scalars of the loss.
+
+    What they mean: `reference.clipped_policy_loss`.
+    """
 
     labels_T: Tensor
     old_logprob_T: Tensor
@@ -120,13 +124,14 @@ def _chunk_loss(rows, hidden_TD, weight_VD, inputs, logprob_T, entropy_T, gradie
 
 def _add_up(chunks: list[reference.ClippedPolicyLoss], device: torch.device, dtype: torch.dtype) -> reference.ClippedPolicyLoss:
     """Sums and extremes over chunks; of no chunk, a loss of 0."""
-    zero, one = torch.zeros((), device=device, dtype=dtype), torch.ones((), device=device, dtype=dtype)
+    zero = torch.zeros((), device=device, dtype=dtype)
+    infinity = torch.full((), math.inf, device=device, dtype=dtype)
     return reference.ClippedPolicyLoss(
         loss=sum((chunk.loss for chunk in chunks), zero),
         clipped_low=sum((chunk.clipped_low for chunk in chunks), zero),
         clipped_high=sum((chunk.clipped_high for chunk in chunks), zero),
         kl_sum=sum((chunk.kl_sum for chunk in chunks), zero),
-        ratio_max=torch.stack([chunk.ratio_max for chunk in chunks] or [one]).max(),
-        ratio_min=torch.stack([chunk.ratio_min for chunk in chunks] or [one]).min(),
+        ratio_max=torch.stack([chunk.ratio_max for chunk in chunks] or [-infinity]).max(),
+        ratio_min=torch.stack([chunk.ratio_min for chunk in chunks] or [infinity]).min(),
         d_logprob_T=zero,
     )

@@ -14,6 +14,7 @@ where z_y = -inf it is -inf, not NaN.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,10 @@ def logprob_entropy(logits_TV: Tensor, labels_T: Tensor, temperature: float | Te
 
 
 class ClippedPolicyLoss(NamedTuple):
-    """What `clipped_policy_loss` returns. All tensors are scalars but the last; counts and sums are over tokens with weight ≠ 0."""
+    """What `clipped_policy_loss` returns. All tensors are scalars but the last.
+
+    Counts, sums and extremes are over the tokens with weight ≠ 0.
+    """
 
     loss: Tensor
     clipped_low: Tensor
@@ -62,6 +66,7 @@ class ClippedPolicyLoss(NamedTuple):
     kl_sum: Tensor
     """Sum of k3 for KL(old ‖ new), an estimate of how far the policy has moved since it was scored."""
     ratio_max: Tensor
+    """-inf where no token takes part, so that the largest of several parts is the largest of the whole; ratio_min: inf."""
     ratio_min: Tensor
     d_logprob_T: Tensor
     """d loss / d logprob_T."""
@@ -105,22 +110,22 @@ def clipped_policy_loss(
         gap_T = torch.where(active_T, ref_logprob_T.to(dtype) - logprob_T, 0)
         loss_T = loss_T + kl_coefficient * k3(gap_T)
         slope_T = slope_T - kl_coefficient * torch.expm1(gap_T)
-    one = torch.ones((), dtype=dtype, device=logprob_T.device)
+    infinity = torch.full((1,), math.inf, dtype=dtype, device=logprob_T.device)
     return ClippedPolicyLoss(
         loss=torch.where(active_T, loss_T * weight_T, 0).sum(),
         clipped_low=low_T.sum(),
         clipped_high=high_T.sum(),
         kl_sum=torch.where(active_T, k3(log_ratio_T), 0).sum(),
-        ratio_max=torch.where(active_T, ratio_T, one).max() if ratio_T.numel() else one,
-        ratio_min=torch.where(active_T, ratio_T, one).min() if ratio_T.numel() else one,
+        ratio_max=torch.cat((torch.where(active_T, ratio_T, -infinity), -infinity)).max(),
+        ratio_min=torch.cat((torch.where(active_T, ratio_T, infinity), infinity)).min(),
         d_logprob_T=torch.where(active_T, slope_T * weight_T, 0),
     )
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """exp(x) - 1 - x with x = log(q/p), for samples of p: the k3 estimate of KL(p ‖ q) (J. Schulman, "Approximating KL divergence").
+    """exp(x) - 1 - x with x = log(q/p), for samples of p: the k3 estimate of KL(p ‖ q).
 
-    Through expm1, so that small x does not cancel; never negative.
+    Source: J. Schulman, "Approximating KL divergence". Through expm1, so that small x does not cancel; never negative.
     """
     return (torch.expm1(log_ratio) - log_ratio).clamp_min(0)
 

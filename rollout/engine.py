@@ -46,8 +46,8 @@ class Engine(Protocol):
 
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes whole weights under the model's own parameter names. Every rank iterates to the end: making a weight whole is a
-        collective. Raises ValueError for a name or shape that does not fit, or one that is missing; the version is then unchanged and
-        `generate` refuses until a load succeeds."""
+        collective. Raises ValueError for a name or shape that does not fit, or one that is missing; `generate` then refuses
+        until a load succeeds."""
         ...
 
     def close(self) -> None: ...

@@ -5,8 +5,9 @@
     until |B_c| ≥ N
     train on B_c[:N];  B_r ← B_c[N:], for the next step only
 
-At least one round is sampled, also where B_r alone fills the batch. "For the next step only": a group that was already recovered once
-and still finds no place expires, so nothing older than one policy step is ever trained on. Pure decisions, no engine and no torch.
+At least one round is sampled, also where B_r alone fills the batch. "For the next step only": a group that was already recovered
+once and still finds no place expires, so nothing older than one policy step is ever trained on. Pure decisions, no engine and no
+torch.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from rollout.types import Group
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts of prompts over the whole run. Every prompt drawn ends in exactly one of the five below `drawn`, or waits in the recovery
-    buffer: drawn = trained + uniform + recovered + expired + failed + pending."""
+    """Counts of prompts over the whole run. Every prompt drawn ends in exactly one of the five below `drawn`, or waits in the
+    recovery buffer: drawn = trained + uniform + recovered + expired + failed + pending."""
 
     drawn: int = 0
     trained: int = 0
@@ -77,7 +78,7 @@ class BatchCollector:
         return self.rounds > 0 and self.collected >= self.needed
 
     def add_round(self, groups: Sequence[Group], drawn: int) -> None:
-        """One round's groups, in the order their prompts were drawn. drawn: how many prompts that were; what is missing has failed."""
+        """One round's groups, in the order their prompts were drawn. drawn: how many prompts; what is missing has failed."""
         self.rounds += 1
         self.sampled.extend(groups)
         kept = [group for group in groups if not self.dynamic or legitimate(group)]

@@ -1,7 +1,7 @@
 """Fills a step's batch: prompts from rank 0, outputs from every rank's engine, verdicts beside them, decisions on rank 0.
 
-Rank 0 holds the prompt source, the recovery buffer and the ledger. In a round it draws prompts; the requests are dealt over the ranks
-one output at a time, so that no rank waits for another's long question; each rank judges what it sampled.
+Rank 0 holds the prompt source, the recovery buffer and the ledger. In a round it draws prompts; the requests are dealt over the
+ranks one output at a time, so that no rank waits for another's long question; each rank judges what it sampled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Draw:
 
 @dataclass(slots=True)
 class Collected:
-    """A step's batch and how it came about. On ranks other than 0 the groups are those of rank 0 as well; `sampled` is rank 0's alone."""
+    """A step's batch and how it came about. `batch` is rank 0's on every rank; `sampled` is empty on ranks other than 0."""
 
     batch: list[Group]
     sampled: list[Group]
@@ -81,7 +81,7 @@ class Sampler:
         self.state = SamplerState()
 
     def collect(self, draw: Draw, source: PromptSource | None) -> Collected:
-        """Algorithm 1's loop for one step. Raises SamplingStalled on every rank after `draw.max_rounds` rounds without N groups."""
+        """Algorithm 1's loop for one step. Raises SamplingStalled, on every rank, where max_rounds rounds find no N groups."""
         state, ranks = self.state, self._ranks
         collector = BatchCollector(draw.step, draw.groups, draw.dynamic, self._recovered(draw), state.ledger)
         seconds = {"sample": 0.0, "reward": 0.0}
@@ -160,8 +160,8 @@ class Sampler:
         ]
 
     def _recovered(self, draw: Draw) -> list[Group]:
-        """The buffer, unless this stage cannot use it (a new stage without recovery or with another G): then it expires."""
-        usable = [group for group in self.state.buffer if draw.recover and len(group.samples) == draw.group_size]
+        """The buffer. What this stage cannot use (no recovery, another G, tighter token limits than before) expires."""
+        usable = [group for group in self.state.buffer if draw.recover and _fits(group, draw)]
         self.state.ledger.expired += len(self.state.buffer) - len(usable)
         self.state.buffer = []
         return usable
@@ -187,3 +187,12 @@ class Sampler:
             f"({len(collector.sampled)} groups sampled: {easy} all right, {hard} all wrong); "
             "raise batch.max_rounds, or change the prompts: too easy or too hard for this policy"
         )
+
+
+def _fits(group: Group, draw: Draw) -> bool:
+    """Whether a group of an earlier step could have been drawn under this step's settings."""
+    return (
+        len(group.samples) == draw.group_size
+        and len(group.prompt_token_ids) <= draw.max_prompt_tokens
+        and all(len(sample.token_ids) <= draw.decoding.max_new_tokens for sample in group.samples)
+    )

@@ -1,8 +1,8 @@
 """The embedded engine: transformers' `generate` on a copy of the model, left-padded batches, any machine, no server.
 
 It reports the log-probability of each sampled token under the distribution sampled from. `generate` can return every step's
-scores, but that is [tokens, batch, V] in memory; a logits processor sees each step's scores anyway, and in the next step which token
-was drawn from them, so it keeps one step alone.
+scores, but that is [tokens, batch, V] in memory; a logits processor sees each step's scores anyway, and in the next step which
+token was drawn from them, so it keeps one step alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class TransformersEngine:
 
     def __init__(self, model: nn.Module, *, end_token_ids: Sequence[int], tokens_per_batch: int) -> None:
         self._model = model.requires_grad_(False).eval()
+        # What `generate` is not told it takes from the model folder's generation_config.json, and a repetition penalty from there
+        # would sample from another distribution than the one that is reported and trained.
+        self._model.generation_config = GenerationConfig()
         self._end_token_ids = sorted(set(end_token_ids))
         self._tokens_per_batch = tokens_per_batch
         self._version: int | None = None
@@ -115,8 +118,8 @@ class TransformersEngine:
 
 
 class _SampledLogprobs(LogitsProcessor):
-    """Divides by the temperature (so that transformers' own warpers, which run later, need not) and records what each drawn token's
-    log-probability was in the step before."""
+    """Divides by the temperature (so that transformers' own warpers, which run later, need not) and records what each drawn
+    token's log-probability was in the step before."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature

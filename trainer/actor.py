@@ -1,8 +1,8 @@
-"""The policy in training: scoring, the update of a mini-batch, and what its optimizer does. One a rank; all its methods are collectives.
+"""The policy in training: scoring, the update of a mini-batch, and what its optimizer does.
 
-Sums and means are over a mini-batch as a whole: all ranks, all micro-batches. Token weights already carry the objective's normalisation
-over the mini-batch (`trainer.batch`), so gradients are summed, never averaged: FSDP2 averages over ranks, hence the loss is multiplied
-by their number first.
+There is one actor a rank; all its methods are collectives. Sums and means are over a mini-batch as a whole: all ranks, all
+micro-batches. Token weights already carry the objective's normalisation over the mini-batch (`trainer.batch`), so gradients are
+summed, never averaged: FSDP2 averages over ranks, hence the loss is multiplied by their number first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.policy import Policy
 Advance = Callable[..., None]
 """The console's `advance(n)`, called with the sequences a micro-batch finished."""
 
-SUMS = ("loss", "entropy_sum", "clipped_low", "clipped_high", "kl_sum", "ref_kl_sum")
+SUMS = ("policy_loss", "entropy_sum", "clipped_low", "clipped_high", "kl_sum", "ref_kl_sum")
 
 
 @dataclass(slots=True)
@@ -65,7 +65,9 @@ class UpdateResult:
 class Actor:
     """policy: sharded (`trainer.policy.shard`). reference: sharded and frozen, or None where no stage has a KL term."""
 
-    def __init__(self, policy: Policy, config: ActorConfig, *, rank: int, ranks: int, device: torch.device, reference: Policy | None = None) -> None:
+    def __init__(
+        self, policy: Policy, config: ActorConfig, *, rank: int, ranks: int, device: torch.device, reference: Policy | None = None
+    ) -> None:
         self.policy = policy
         self._reference = reference
         self._rank, self._ranks, self._device = rank, ranks, device
@@ -76,15 +78,17 @@ class Actor:
         """Optimizer steps taken so far; the learning rate's clock."""
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MiniBatch], stage: StageConfig, advance: Advance = lambda *_: None) -> list[ScoredMiniBatch]:
+    def score(
+        self, batches: Sequence[MiniBatch], stage: StageConfig, advance: Advance = lambda *_: None
+    ) -> list[ScoredMiniBatch]:
         """Old log-probabilities (and the reference's, if there is a KL term) of every mini-batch under the weights of now."""
         return [self._score_one(batch, stage, advance) for batch in batches]
 
     def update(self, batch: ScoredMiniBatch, stage: StageConfig, advance: Advance = lambda *_: None) -> UpdateResult:
         """One optimizer step on a mini-batch.
 
-        TER's sign is assumed from the scoring pass; where the mean entropy of this very pass lies on the other side of the target,
-        the gradient is dropped and formed again with the right sign.
+        TER's sign is assumed from the scoring pass; where the mean entropy of this very pass lies on the other side of the
+        target, the gradient is dropped and formed again with the right sign.
         """
         objective = stage.objective
         assumed = entropy_sign(batch.mean_entropy, objective)
@@ -97,8 +101,8 @@ class Actor:
         mean_entropy = sums["entropy_sum"] / tokens
         grad_norm, lr, skipped = self._step(stage.actor)
         return UpdateResult(
-            policy_loss=sums["loss"],
-            entropy_loss=0.0 if objective.entropy_target is None else objective.entropy_coefficient * abs(mean_entropy - objective.entropy_target),
+            policy_loss=sums["policy_loss"],
+            entropy_loss=entropy_loss(mean_entropy, objective),
             mean_entropy=mean_entropy,
             ref_kl=sums["ref_kl_sum"] / tokens,
             old_kl=sums["kl_sum"] / tokens,
@@ -113,10 +117,14 @@ class Actor:
         )  # fmt: skip
 
     def update_supervised(self, batch: MiniBatch, config: ActorConfig) -> tuple[float, float]:
-        """One optimizer step of maximum likelihood, for the warm-up: loss = -sum_t weight_t · logprob_t. Returns (loss, gradient norm)."""
+        """One optimizer step of maximum likelihood, for the warm-up: loss = -sum_t weight_t · logprob_t.
+
+        Returns (loss, gradient norm), over all ranks.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in self._pack(batch, config):
-            loss = self.policy(micro, lambda hidden, weight, m=micro: -(linear_logprob_entropy(hidden, weight, m.labels_R)[0] * m.weight_R).sum())
+            logprob_R, _ = self.policy(micro, lambda hidden, weight, m=micro: linear_logprob_entropy(hidden, weight, m.labels_R))
+            loss = -(logprob_R * micro.weight_R).sum()
             (loss * self._ranks).backward()
             total += loss.detach()
         grad_norm, _, _ = self._step(config)
@@ -147,7 +155,10 @@ class Actor:
         return ScoredMiniBatch(batch, micro, entropy_sum / batch.response_tokens, mismatch_sum, mismatch_max)
 
     def _gradient_pass(self, batch: ScoredMiniBatch, stage: StageConfig, sign: float, advance: Advance) -> dict[str, float]:
-        """Forward and backward of every micro-batch; gradients are left summed over ranks. Returns global sums and ratio extremes."""
+        """Forward and backward of every micro-batch; gradients are left summed over ranks.
+
+        Returns the global SUMS with the global ratio_max and ratio_min.
+        """
         entropy_weight = sign * stage.objective.entropy_coefficient / batch.whole.response_tokens
         results = []
         for micro in batch.micro:
@@ -159,8 +170,7 @@ class Actor:
         return self._reduce(results)
 
     def _reduce(self, results: Sequence[PolicyLoss]) -> dict[str, float]:
-        fields = ("policy_loss", *SUMS[1:])
-        local = torch.stack([torch.stack([getattr(result, name).double() for name in fields]) for result in results]).sum(0)
+        local = torch.stack([torch.stack([getattr(result, name).double() for name in SUMS]) for result in results]).sum(0)
         sums = dict(zip(SUMS, self._all_reduce(local, dist.ReduceOp.SUM).tolist(), strict=True))
         extremes = torch.stack([
             torch.stack([result.ratio_max for result in results]).max(),
@@ -171,14 +181,17 @@ class Actor:
         return sums
 
     def _step(self, config: ActorConfig) -> tuple[float, float, bool]:
-        """Clip and step at the rate of now. Returns (gradient norm before the clip, learning rate, whether the step was skipped)."""
+        """Clip and step at the rate of now; no step where the gradient is not finite.
+
+        Returns (gradient norm before the clip, learning rate, whether the step was skipped).
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm, foreach=False)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         lr = learning_rate(config, self.updates)
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             for group in self.optimizer.param_groups:
-                group["lr"], group["weight_decay"] = lr, config.weight_decay
+                group["lr"], group["betas"], group["weight_decay"] = lr, config.betas, config.weight_decay
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
@@ -195,6 +208,13 @@ def entropy_sign(mean_entropy: float, objective: ObjectiveConfig) -> float:
     if objective.entropy_target is None or objective.entropy_coefficient == 0:
         return 0.0
     return float((mean_entropy > objective.entropy_target) - (mean_entropy < objective.entropy_target))
+
+
+def entropy_loss(mean_entropy: float, objective: ObjectiveConfig) -> float:
+    """TER's term as a number; 0 without TER. The formula, with its gradient: `kernels.reference.entropy_regularizer`."""
+    if objective.entropy_target is None:
+        return 0.0
+    return objective.entropy_coefficient * abs(mean_entropy - objective.entropy_target)
 
 
 def learning_rate(config: ActorConfig, updates: int) -> float:

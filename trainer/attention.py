@@ -1,8 +1,8 @@
 """Attention over packed sequences: each document sees itself alone, causally, whatever stands beside it in the micro-batch.
 
-Sequences of similar length are laid side by side, padded on the right, and go through one causal SDPA call: a causal row never sees what
-stands behind it, so right padding needs no mask and changes nothing. Registered with transformers as "keju_packed"; the model
-gets the `SequenceLayout` as the keyword `layout`.
+Sequences of similar length are laid side by side, padded on the right, and go through one causal SDPA call: a causal row never
+sees what stands behind it, so right padding needs no mask and changes nothing. Registered with transformers as "keju_packed"; the
+model gets the `SequenceLayout` as the keyword `layout`.
 """
 
 from __future__ import annotations

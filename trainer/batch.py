@@ -47,7 +47,10 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Packed sequences on one rank. T tokens in all, R of them response tokens. `old_logprob_R` and `entropy_sum` are filled by scoring."""
+    """Packed sequences on one rank. T tokens in all, R of them response tokens.
+
+    `old_logprob_R` and `ref_logprob_R` (None without a KL term) are filled by scoring.
+    """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
@@ -69,7 +72,10 @@ def mini_batches(groups: Sequence[Group], stage: StageConfig) -> list[MiniBatch]
 
     response_mean: weight = 1 / (responses · n) for a response of n tokens (GRPO).
     token_sum: weight = 1 / divisor, a constant of the stage (DAPO's objective here: a sum over tokens).
+    Raises ValueError where the groups cannot be cut into equal parts.
     """
+    if not groups or len(groups) % stage.batch.mini_batches:
+        raise ValueError(f"groups: {len(groups)} cannot be cut into batch.mini_batches {stage.batch.mini_batches} equal parts")
     size = len(groups) // stage.batch.mini_batches
     return [_mini_batch(groups[start : start + size], stage) for start in range(0, len(groups), size)]
 
@@ -86,9 +92,13 @@ def _mini_batch(groups: Sequence[Group], stage: StageConfig) -> MiniBatch:
     return MiniBatch(tuple(sequences))
 
 
-def micro_batches(batch: MiniBatch, *, rank: int, ranks: int, budget: int, at_least: int, device: torch.device) -> list[MicroBatch]:
-    """This rank's share of `batch`, packed. Every rank gets the same number of micro-batches; where sequences run out, one of a single
-    prompt token that takes no part."""
+def micro_batches(
+    batch: MiniBatch, *, rank: int, ranks: int, budget: int, at_least: int, device: torch.device
+) -> list[MicroBatch]:
+    """This rank's share of `batch`, packed.
+
+    Every rank gets the same number of micro-batches; where sequences run out, one of a single prompt token that takes no part.
+    """
     plan = pack([len(sequence) for sequence in batch.sequences], ranks=ranks, budget=budget, at_least=at_least)
     return [collate([batch.sequences[index] for index in indices], device, tuple(indices)) for indices in plan[rank]]
 

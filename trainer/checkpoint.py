@@ -1,13 +1,13 @@
 """Checkpoints: everything a run needs to continue as if it had not stopped.
 
     RUN/checkpoints/step-000010/
-        dcp/                model and optimizer, sharded as they lie on the ranks (torch.distributed.checkpoint); any number of ranks reads them
+        dcp/                model and optimizer (torch.distributed.checkpoint), sharded as on the ranks; any number reads it
         state.json          step, optimizer steps, prompt cursors, ledger, the recovery buffer's prompts and verdicts
         arrays.safetensors  the recovery buffer's tokens and log-probabilities; each rank's random state
         manifest.json       size and SHA-256 of every other file; written last
 
-Written as step-000010.tmp, flushed to disk and renamed: a folder without the suffix is whole. Sampling and data order draw from seeds derived from
-(run seed, step, …), so the saved random state is a precaution and not what repeatability rests on.
+Written as step-000010.tmp, flushed to disk and renamed: a folder without the suffix is whole. Sampling and data order draw from
+seeds derived from (run seed, step, …), so the saved random state is a precaution and not what repeatability rests on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
             _flush(self._folder)
-            self._prune()
+            self._prune(final)
         self._ranks.broadcast(None)  # the checkpoint exists when save returns, on every rank
 
     def resume(self, actor: Actor) -> RunState:
@@ -100,9 +100,14 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
 
-    def _prune(self) -> None:
-        for folder in self._folders()[: -self._keep]:
-            shutil.rmtree(folder)
+    def _prune(self, newest: Path) -> None:
+        """Drops what is older than the `keep` newest, what a kill left half written, and checkpoints of later steps: those were
+        skipped as damaged, and would push whole ones out."""
+        folders = self._folders()
+        kept = folders[: folders.index(newest) + 1][-self._keep :]
+        for folder in self._folder.glob("step-*"):
+            if folder not in kept:
+                shutil.rmtree(folder)
 
     @staticmethod
     def _write_state(folder: Path, state: RunState, updates: int, random_states: list[np.ndarray]) -> None:
@@ -163,10 +168,12 @@ def _unpack_groups(records: list[dict[str, Any]], arrays: dict[str, np.ndarray])
 
 
 def _write_manifest(folder: Path) -> None:
-    """Flushes every file to disk, then lists them."""
+    """Flushes everything to disk, then lists the files."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(folder.rglob("*")):
         _flush(path)
+        if path.is_dir():
+            continue
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(files, indent=1), encoding="utf-8")

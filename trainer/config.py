@@ -1,11 +1,12 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
-The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a stage
-overrides single keys of them. After reading, each stage holds its sections whole. Nothing heavy is imported here.
+The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
+stage overrides single keys of them. After reading, each stage holds its sections whole. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,9 +84,9 @@ class ObjectiveConfig(Section):
     """The defaults are GRPO; the recipe's stages 2 and 3 set loss_aggregation: token_sum, advantage: pshw and clip_high."""
 
     loss_aggregation: Literal["response_mean", "token_sum"] = "response_mean"
-    """response_mean: mean over responses of each one's mean over tokens (GRPO). token_sum: sum over tokens by a constant (DAPO here)."""
+    """response_mean: mean over responses of each one's mean over tokens (GRPO). token_sum: sum over tokens / constant (DAPO)."""
     divisor: float | None = Field(default=None, gt=0)
-    """token_sum's constant for a mini-batch; None: responses in the mini-batch × response limit, so never the batch's own lengths."""
+    """token_sum's constant for a mini-batch; None: its number of responses × response limit, so never the batch's own lengths."""
     advantage: Literal["grpo", "centered", "pshw"] = "grpo"
     """grpo: (R - μ) / (std + 1e-6). centered: R - μ. pshw: (R - μ)(α μ + 1.256)."""
     std_correction: Literal[0, 1] = 1
@@ -146,7 +147,9 @@ class StageConfig(Section):
         if self.data.train is None:
             raise ValueError("data.train is missing: a stage needs prompts; set data.train.path for the run or for this stage")
         if self.context <= limit:
-            raise ValueError(f"context {self.context} leaves no room beside data.max_prompt_tokens {limit}: raise context above it")
+            raise ValueError(
+                f"context {self.context} leaves no room beside data.max_prompt_tokens {limit}: raise context above it"
+            )
         if batch.groups % batch.mini_batches:
             raise ValueError(f"batch.groups {batch.groups} is not divisible by batch.mini_batches {batch.mini_batches}")
         if self.actor.tokens_per_micro_batch < self.context:
@@ -166,7 +169,7 @@ class EngineConfig(Section):
 
 
 class RepetitionConfig(Section):
-    """When a text of n tokens counts as repetitive (`rollout.reward.pipeline.RepetitionLimits`). The paper gives no thresholds."""
+    """When a text of n tokens counts as repetitive (`rollout.reward.pipeline.RepetitionLimits`). The paper has no numbers."""
 
     ngram: Positive = 20
     min_covered: float = Field(default=0.2, gt=0, le=1)
@@ -222,6 +225,15 @@ class WarmupConfig(Section):
     max_tokens: Positive = 1024
     """Longer examples are left out, and counted."""
 
+    @model_validator(mode="after")
+    def _possible(self) -> WarmupConfig:
+        for pattern in self.strip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"strip: {pattern!r} is no regular expression ({error}); mend it") from None
+        return self
+
 
 class RunConfig(Section):
     run: Path
@@ -255,9 +267,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        for kind, names in (("stages", [s.name for s in self.stages]), ("evaluation.sets", [s.name for s in self.evaluation.sets])):
+        for kind, names in (
+            ("stages", [s.name for s in self.stages]),
+            ("evaluation.sets", [s.name for s in self.evaluation.sets]),
+        ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind}: two of the same name in {names}; give each its own")
+        files: dict[Path, PromptsFile] = {}
+        for file in (stage.data.train for stage in self.stages):
+            if files.setdefault(file.path, file) != file:
+                raise ValueError(
+                    f"stages: {file.path} is read with different columns or answer_pattern in two stages, which share its order "
+                    "and cursor; give them the same"
+                )
         return self
 
 

@@ -1,6 +1,6 @@
 """Reads a run's YAML and command-line overrides into a `RunConfig`, and turns whatever is wrong into one line.
 
-    FILE: stages[1].objective.clip_hihg: unknown key (value 0.28); did you mean 'clip_high'?
+FILE: stages[1].objective.clip_hihg: unknown key (value 0.28); did you mean 'clip_high'?
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise InputError(f"{path}: {_describe(error, merged, origin)}") from None
+        raise InputError(f"{path}: {_describe(error, origin)}") from None
 
 
 def dump_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved configuration as YAML: every default spelt out, every stage whole; `load_config` reads it back equal."""
-    text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    """Writes the resolved configuration as YAML, every default and every stage spelt out; `load_config` reads it back equal."""
+    text = yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
@@ -50,6 +50,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (dict, list)):
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
@@ -59,11 +61,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would take for a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -91,8 +98,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"command line: {override!r} is not of the form key.key=value")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"command line: {key}: {text!r} is not a YAML value") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-45
+        raise InputError(f"command line: {key}: {_short(text)} is not a YAML value") from None
     steps = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", key)]
     place: Any = raw
     for at, (step, following) in enumerate(zip(steps, [*steps[1:], None], strict=True)):
@@ -121,12 +128,15 @@ def _merge_stages(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _overlay(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
-        return {key: _overlay(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key)) for key in base | over}
+        return {
+            key: _overlay(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key))
+            for key in base | over
+        }
     return copy.deepcopy(over)
 
 
-def _describe(error: ValidationError, merged: dict[str, Any], origin: dict[str, Any]) -> str:
-    """The first mistake as 'key: what is wrong (value …); mend'. Unknown keys first: a misspelt key also makes its right one missing."""
+def _describe(error: ValidationError, origin: dict[str, Any]) -> str:
+    """The first mistake as 'key: what is wrong (value …); mend'. Unknown keys first: one misspelt makes its right one missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     location: Location = problem["loc"]

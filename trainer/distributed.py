@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_group(timeout_seconds: float) -> Iterator[tuple[Ranks, DeviceMesh, torch.device]]:
-    """(ranks, one-dimensional mesh over all of them, this rank's device). Under torchrun from its environment; else one rank alone.
+    """(ranks, one-dimensional mesh over all of them, this rank's device). From torchrun's environment; else one rank alone.
 
     A collective that waits longer than timeout_seconds raises.
     """

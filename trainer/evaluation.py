@@ -1,4 +1,5 @@
-"""Held-out problems under the current weights: pass@1 as the mean correctness of k sampled outputs (PAPER: temperature 1.0, top-p 0.7)."""
+"""Held-out problems under the current weights: pass@1 as the mean correctness of k sampled outputs (the paper: temperature 1.0,
+top-p 0.7)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ SEED = (2**31, 0)
 """Evaluations draw from seeds of their own, the same ones each time: what differs between two of them is the policy."""
 
 
-def evaluate(sampler: Sampler, sets: Mapping[str, Sequence[Prompt]], config: RunConfig, ranks: Ranks, step: int) -> list[dict[str, Any]]:
-    """One eval row a set, in the configuration's order; on ranks other than 0 an empty list. A collective. Prompts are not counted
-    in the ledger."""
+def evaluate(
+    sampler: Sampler, sets: Mapping[str, Sequence[Prompt]], config: RunConfig, ranks: Ranks, step: int
+) -> list[dict[str, Any]]:
+    """One eval row a set, in the configuration's order; on ranks other than 0 an empty list. A collective. Prompts are not
+    counted in the ledger."""
     settings = config.evaluation
     decoding = Decoding(config.evaluation_response_limit, settings.temperature, settings.top_p)
     rows = []
@@ -30,7 +33,15 @@ def evaluate(sampler: Sampler, sets: Mapping[str, Sequence[Prompt]], config: Run
             prompts, settings.k, decoding, seed=(*SEED, index), seconds=seconds, step=step, phase="evaluate", note=each.name
         )
         if ranks.first:
-            rows.append({"kind": "eval", "step": step, "name": each.name, **summarize(groups), "time/evaluate": time.perf_counter() - start})
+            rows.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "name": each.name,
+                    **summarize(groups),
+                    "time/evaluate": time.perf_counter() - start,
+                }
+            )
     return rows
 
 

@@ -1,7 +1,7 @@
 """The training loop: sample, score, update, sync, measure, keep; stage after stage, from where the run folder left off.
 
-Every method of `TrainingLoop` is called by all ranks together. What must survive a restart lies on rank 0: the sampler's ledger and
-recovery buffer, the prompt sources' cursors, and the number of finished steps, which is also the weight version.
+Every method of `TrainingLoop` is called by all ranks together. What must survive a restart lies on rank 0: the sampler's ledger
+and recovery buffer, the prompt sources' cursors, and the number of finished steps, which is also the weight version.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rollout.sampler import Collected, Draw, SamplerState
 from trainer.batch import mini_batches
 from trainer.checkpoint import Checkpoints, RunState
 from trainer.config import RunConfig, StageConfig
+from trainer.config_file import dump_config
 from trainer.evaluation import evaluate
 from trainer.metrics import MetricsWriter
 from trainer.preflight import Inputs, source_key
@@ -116,7 +117,10 @@ class TrainingLoop:
         return RunState(step, sampler.ledger, sampler.buffer, {key: source.state() for key, source in sources.items()})
 
     def resume(self) -> int:
-        """Restores the newest complete checkpoint, if there is one, and opens the metrics where it left off. Returns finished steps."""
+        """Restores the newest complete checkpoint, if any, and opens the metrics where it left off. Returns finished steps.
+
+        Only then is the configuration written: until here, what the folder holds may prove not to go with it.
+        """
         state = self.checkpoints.resume(self.parts.actor)
         if self.ranks.first:
             self.parts.sampler.state = SamplerState(state.ledger, state.buffer)
@@ -124,6 +128,7 @@ class TrainingLoop:
                 if key in self.inputs.sources:
                     self.inputs.sources[key].load(cursor)
             self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
+            dump_config(self.config, self.config.run / "config.yaml")
             if state.step:
                 self.console.resumed(state.step)
         return state.step

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from trainer.policy import Policy
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
 
 
 def check_model_folder(path: Path) -> None:
-    """Raises InputError, one line, unless `path` holds a config of a known architecture, safetensors weights and a fast tokenizer."""
+    """Raises InputError, one line, unless `path` has a config of a known architecture, safetensors and a fast tokenizer."""
     if not path.is_dir():
         raise InputError(f"{path}: no such model folder; name a Hugging Face folder (or run the command that writes this one)")
     config_file = path / "config.json"
@@ -26,6 +32,8 @@ def check_model_folder(path: Path) -> None:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{config_file}: missing; a model folder holds config.json, *.safetensors and tokenizer.json") from None
+    except OSError as error:
+        raise InputError(f"{config_file}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise InputError(f"{config_file}: not JSON; fetch the model folder again") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
@@ -38,7 +46,7 @@ def check_model_folder(path: Path) -> None:
 
 
 def save_model_folder(policy: Policy, source: Path, target: Path, *, first: bool) -> None:
-    """Writes the policy's weights, with config and tokenizer of `source`, as a Hugging Face folder. A collective; `first` (rank 0) writes,
+    """Writes the policy's weights, with config and tokenizer of `source`, as a Hugging Face folder. A collective; `first` writes,
     beside and renamed, so that `target` is whole or absent. fp32 weights are kept as fp32."""
     weights = {}
     for name, weight in policy.whole_weights():

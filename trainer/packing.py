@@ -1,4 +1,4 @@
-"""Variable-length sequences into micro-batches without padding: a pure function of the lengths, so every rank computes the same plan.
+"""Variable-length sequences into micro-batches without padding: a pure function of the lengths, so all ranks plan alike.
 
 Invariants of `pack`:
 - every sequence stands in exactly one micro-batch of one rank, whole;
@@ -23,8 +23,9 @@ Plan = list[list[list[int]]]
 
 
 def pack(lengths: Sequence[int], *, ranks: int, budget: int, at_least: int = 1) -> Plan:
-    """Distributes sequences of `lengths` tokens over `ranks`, in the fewest micro-batches (but `at_least`) that keep to `budget` tokens.
+    """Distributes sequences over `ranks`, in as few micro-batches (but `at_least`) as the greedy filling finds for the budget.
 
+    lengths: tokens of each sequence, at least 1. budget: tokens of a micro-batch.
     Raises ValueError where one sequence alone exceeds the budget.
     """
     if lengths and max(lengths) > budget:

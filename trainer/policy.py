@@ -1,8 +1,8 @@
 """The policy: a Hugging Face causal model whose output head computes the loss instead of logits, sharded with FSDP2.
 
-`Policy.forward` runs the decoder over packed sequences and hands the hidden states that predict response tokens to `LossHead`. The head
-is a module with the output weight as its parameter, so FSDP2 shards that weight like any other and gathers it whole for just
-the time of the head's forward and backward. Tied weights stay with the embedding, in the root's group.
+`Policy.forward` runs the decoder over packed sequences and hands the hidden states that predict response tokens to `LossHead`.
+The head is a module with the output weight as its parameter, so FSDP2 shards that weight like any other and gathers it whole for
+just the time of the head's forward and backward. Tied weights stay with the embedding, in the root's group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rollout.errors import InputError
@@ -55,7 +55,12 @@ class Policy(nn.Module):
         return self.causal_lm.lm_head(hidden_TD[batch.rows_R], function)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(the model's own parameter name, whole detached weight), one at a time. A collective: every rank iterates to the end."""
+        """(the model's own parameter name, whole detached master weight), one at a time.
+
+        A collective: every rank iterates to the end.
+        """
+        if isinstance(self, FSDPModule):
+            self.reshard()  # after a forward without backward the root still holds its weights in the compute dtype
         for name, parameter in self.causal_lm.named_parameters():
             yield name, parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
@@ -63,7 +68,9 @@ class Policy(nn.Module):
 def load_causal_lm(path: Path, dtype: torch.dtype, attention: str = PACKED_ATTENTION) -> nn.Module:
     """The model of a folder that `trainer.model_folder.check_model_folder` accepts, on the CPU, in `dtype`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar per rank over fifty tensors is noise among the run's own lines
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, local_files_only=True)
     other = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
     if other:

@@ -77,4 +77,3 @@ def precision_of(model: ModelConfig, device: torch.device) -> torch.dtype:
     if model.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, model.precision)
-

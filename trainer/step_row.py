@@ -16,10 +16,15 @@ from trainer.config import StageConfig
 
 
 def step_row(
-    collected: Collected, scored: Sequence[ScoredMiniBatch], updates: Sequence[UpdateResult], ledger: Ledger, pending: int, stage: StageConfig
+    collected: Collected,
+    scored: Sequence[ScoredMiniBatch],
+    updates: Sequence[UpdateResult],
+    ledger: Ledger,
+    pending: int,
+    stage: StageConfig,
 ) -> dict[str, Any]:
-    """What a step measured, without step number and times. Rewards, verdicts and lengths are over every output sampled in the step;
-    losses, entropy and ratios over the outputs trained on."""
+    """What a step measured, without step number and times. Rewards, verdicts and lengths are over every output sampled in the
+    step; losses, entropy and ratios over the outputs trained on."""
     return {
         **_sampled(collected.sampled),
         **_trained(updates, stage),
@@ -83,8 +88,8 @@ def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, A
 
 
 def _mismatch(scored: Sequence[ScoredMiniBatch]) -> dict[str, float]:
-    """Sampled against recomputed log-probabilities of the batch. Recovered groups were sampled one policy earlier, so they count here with
-    what the policy moved since."""
+    """Sampled against recomputed log-probabilities of the batch. Recovered groups were sampled one policy earlier, so they count
+    here with what the policy moved since."""
     tokens = sum(batch.whole.response_tokens for batch in scored)
     return {
         "mismatch/mean": sum(batch.mismatch_sum for batch in scored) / tokens,

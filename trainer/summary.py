@@ -112,10 +112,10 @@ def table(summary: Summary, figures: Path) -> Table:
     return grid
 
 
-def write_summary(run_dir: Path, summary: Summary) -> Path:
-    """Write `run_dir/summary.json`, beside and renamed; returns its path."""
+def write_summary(run_dir: Path, summary: Summary, machine: dict[str, str] | None = None) -> Path:
+    """Write `run_dir/summary.json`, beside and renamed; returns its path. machine: `trainer.environment.provenance`."""
     path = Path(run_dir) / SUMMARY_FILE
-    replace_text(path, json.dumps(asdict(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(asdict(summary) | {"machine": machine}, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 

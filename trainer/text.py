@@ -14,22 +14,28 @@ from trainer.config import TemplateConfig
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a model folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder, exactly as its tokenizer.json says.
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    Not AutoTokenizer: for a Qwen2 or Llama model it builds that family's own tokenizer and, without a word, puts the family's
+    pre-tokenizer in the place of the file's.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def end_tokens(path: Path, tokenizer: Any) -> list[int]:
-    """Token ids that end an output: those of generation_config.json or config.json, and the tokenizer's own. Raises InputError where there
-    are none."""
+    """Token ids that end an output: those of generation_config.json or config.json, and the tokenizer's own. Raises InputError
+    where there are none."""
     found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         if (path / name).exists():
             value = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
             found |= {value} if isinstance(value, int) else set(value or ())
     if not found:
-        raise InputError(f"{path}: no eos_token_id in generation_config.json, config.json or the tokenizer; an output could never end")
+        raise InputError(
+            f"{path}: no eos_token_id in generation_config.json, config.json or the tokenizer; an output could never end"
+        )
     return sorted(found)
 
 

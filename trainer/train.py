@@ -9,12 +9,12 @@ from contextlib import closing
 
 from trainer import cli, launch
 from trainer.config import RunConfig
-from trainer.config_file import dump_config, load_config
+from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
-from trainer.environment import RunLock
+from trainer.environment import RunLock, provenance
 from trainer.metrics import read_metrics
 from trainer.plot import plot
-from trainer.preflight import check_run
+from trainer.preflight import Inputs, check_run
 from trainer.summary import summarize, table, write_summary
 
 
@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
         inputs = check_run(config)
         RunLock(config.run).release()
         if options.check:
-            print(f"{options.config}: {sum(len(source) for source in inputs.sources.values())} prompts, {config.total_steps} steps: fine")
+            prompts = sum(source.state()["count"] for source in inputs.sources.values())
+            print(f"{options.config}: {prompts} prompts, {config.total_steps} steps: fine")
             return 0
         return launch.torchrun("trainer.train", options)
     return run_rank(config)
@@ -35,11 +36,18 @@ def main(arguments: list[str]) -> int:
 
 def run_rank(config: RunConfig) -> int:
     """This process's part of a run. Rank 0 checks and reads the inputs and owns the run folder."""
-    inputs = None
-    if launch.first_rank():
-        inputs = check_run(config)
-        lock = RunLock(config.run)
-        dump_config(config, config.run / "config.yaml")
+    if not launch.first_rank():
+        train(config, None)
+        return 0
+    inputs = check_run(config)
+    with RunLock(config.run):
+        train(config, inputs)
+        conclude(config)
+    return 0
+
+
+def train(config: RunConfig, inputs: Inputs | None) -> None:
+    """From the newest checkpoint to the last step, on this rank. inputs: on rank 0 alone."""
     from trainer.distributed import process_group
     from trainer.loop import TrainingLoop
     from trainer.setup import build_parts
@@ -47,13 +55,8 @@ def run_rank(config: RunConfig) -> int:
     stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
     with process_group(config.parallel.timeout_seconds) as (ranks, mesh, device):
         console = Console(config.total_steps, stages) if ranks.first else NullConsole()
-        parts = build_parts(config, ranks, mesh, device, console.phase)
-        with console, closing(parts):
+        with console, closing(build_parts(config, ranks, mesh, device, console.phase)) as parts:
             TrainingLoop(config, inputs, parts, ranks, console).run()
-    if inputs is not None:
-        conclude(config)
-        lock.release()
-    return 0
 
 
 def conclude(config: RunConfig) -> None:
@@ -62,7 +65,7 @@ def conclude(config: RunConfig) -> None:
 
     figures = plot(config.run)
     summary = summarize(read_metrics(config.run))
-    write_summary(config.run, summary)
+    write_summary(config.run, summary, provenance())
     Terminal().print(table(summary, figures[0].parent))
 
 

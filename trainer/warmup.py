@@ -40,11 +40,16 @@ def check(config: RunConfig, path: Path) -> list[Prompt]:
     """The prompts to learn from. Raises InputError, one line, for whatever a user can mend."""
     check_packages()
     if config.warmup is None:
-        raise InputError(f"{path}: warmup: missing; add this section (base, data, steps) or start training from model.path as it is")
+        raise InputError(
+            f"{path}: warmup: missing; add this section (base, data, steps) or start training from model.path as it is"
+        )
     check_model_folder(config.warmup.base)
     prompts = read(config.warmup.data)
     if (without := sum(prompt.solution is None for prompt in prompts)) == len(prompts):
-        raise InputError(f"{config.warmup.data.path}: warmup.data: none of the {without} prompts has a solution; map one with warmup.data.columns.solution")
+        raise InputError(
+            f"{config.warmup.data.path}: warmup.data: none of the {without} prompts has a solution; "
+            "map one with warmup.data.columns.solution"
+        )
     return [prompt for prompt in prompts if prompt.solution is not None]
 
 
@@ -65,7 +70,9 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
         tokens_per_micro_batch=max(settings.max_tokens, config.stages[0].actor.tokens_per_micro_batch),
     )
     tokenizer = load_tokenizer(settings.base)
-    encode = example_encoder(tokenizer, prompt_encoder(tokenizer, config.template), end_tokens(settings.base, tokenizer)[0], settings, config)
+    encode = example_encoder(
+        tokenizer, prompt_encoder(tokenizer, config.template), end_tokens(settings.base, tokenizer)[0], settings, config
+    )
     with process_group(config.parallel.timeout_seconds) as (ranks, mesh, device), (
         Console(settings.steps, [(0, "warm-up", settings.steps)]) if ranks.first else NullConsole()
     ) as console:  # fmt: skip
@@ -81,7 +88,9 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
         save_model_folder(policy, settings.base, config.model.path, first=ranks.first)
 
 
-def example_encoder(tokenizer: Any, encode: Callable[[Prompt], list[int]], end: int, settings: WarmupConfig, config: RunConfig) -> Callable[[Prompt], Any]:
+def example_encoder(
+    tokenizer: Any, encode: Callable[[Prompt], list[int]], end: int, settings: WarmupConfig, config: RunConfig
+) -> Callable[[Prompt], Any]:
     """Prompt → token sequence of prompt and worked solution in the R1 form, ended; None where it is longer than max_tokens."""
     from trainer.batch import TokenSequence
 
@@ -93,7 +102,9 @@ def example_encoder(tokenizer: Any, encode: Callable[[Prompt], list[int]], end: 
         response = np.asarray([*tokenizer(text, add_special_tokens=False)["input_ids"], end], dtype=np.int32)
         if len(question) + len(response) > settings.max_tokens:
             return None
-        return TokenSequence(question, response, np.zeros(len(response), np.float32), 0.0, 1 / (settings.sequences * len(response)))
+        return TokenSequence(
+            question, response, np.zeros(len(response), np.float32), 0.0, 1 / (settings.sequences * len(response))
+        )
 
     return example
 
@@ -107,13 +118,17 @@ def response_text(prompt: Prompt, strip: list[re.Pattern[str]], prefill: str) ->
     return text.removeprefix(prefill)
 
 
-def batches_of(prompts: list[Prompt], encode: Callable[[Prompt], Any], settings: WarmupConfig, seed: int, note: Callable[[str], None]) -> Iterator[tuple]:
+def batches_of(
+    prompts: list[Prompt], encode: Callable[[Prompt], Any], settings: WarmupConfig, seed: int, note: Callable[[str], None]
+) -> Iterator[tuple]:
     """Endless batches of `settings.sequences`, shuffled by (seed, epoch); the same on every rank."""
     examples = [example for example in map(encode, prompts) if example is not None]
     if len(examples) < len(prompts):
         note(f"{len(prompts) - len(examples)} of {len(prompts)} solutions are longer than warmup.max_tokens and left out")
     if not examples:
-        raise InputError(f"{settings.data.path}: warmup.max_tokens: {settings.max_tokens} is shorter than every example; raise it")
+        raise InputError(
+            f"{settings.data.path}: warmup.max_tokens: {settings.max_tokens} is shorter than every example; raise it"
+        )
     epoch, order = 0, np.zeros(0, dtype=np.int64)
     while True:
         while len(order) < settings.sequences:

@@ -1,4 +1,4 @@
-// bfloat16 as stored, with conversions. torch's own type is not used in the per-instruction-set files: see logprob_entropy_rows.h.
+// bfloat16 as stored, with conversions. The per-instruction-set files do without torch's own type: see logprob_entropy_rows.h.
 
 #pragma once
 

@@ -33,7 +33,8 @@ void check_logits(const at::Tensor& logits_TV, const char* name) {
   TORCH_CHECK_TYPE(logits_TV.scalar_type() == at::kFloat || logits_TV.scalar_type() == at::kBFloat16, name,
                    ": expected float32 or bfloat16, got ", logits_TV.scalar_type());
   TORCH_CHECK_VALUE(logits_TV.size(1) >= 1, name, ": the vocabulary is empty");
-  TORCH_CHECK_VALUE(logits_TV.size(1) == 1 || logits_TV.stride(1) == 1, name, ": expected column stride 1, got ", logits_TV.stride(1));
+  TORCH_CHECK_VALUE(logits_TV.size(1) == 1 || logits_TV.stride(1) == 1, name, ": expected column stride 1, got ",
+                    logits_TV.stride(1));
 }
 
 void check_row_values(const at::Tensor& tensor_T, int64_t rows, at::ScalarType dtype, const char* name) {
@@ -121,7 +122,8 @@ at::Tensor exp_nonpositive(const at::Tensor& x) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(keju, library) {
-  library.def("logprob_entropy_forward_native(Tensor logits_TV, Tensor labels_T, Tensor temperature) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "logprob_entropy_forward_native(Tensor logits_TV, Tensor labels_T, Tensor temperature) -> (Tensor, Tensor, Tensor)");
   library.def(
       "logprob_entropy_backward_native(Tensor logits_TV, Tensor labels_T, Tensor temperature, Tensor logprob_T, Tensor saved_3T, "
       "Tensor d_logprob_T, Tensor d_entropy_T, Tensor(a!) d_logits_TV) -> ()");

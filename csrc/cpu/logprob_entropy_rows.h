@@ -3,8 +3,8 @@
 // Forward, one pass over the row in blocks that stay in the L1 cache. With M the largest logit so far of all columns but the
 // label's and a_j = (x_j - M)/temperature, a block adds to
 //     S = sum_{j != y} exp(a_j)        W = sum_{j != y} exp(a_j) a_j
-// after both were rescaled to the new M. Sums are fp32 within a block (few terms a lane) and fp64 across blocks. The label stays out of
-// the sums so that nothing cancels where p_y is near 1: with d = (x_y - M)/temperature - log S,
+// after both were rescaled to the new M. Sums are fp32 within a block (few terms a lane) and fp64 across blocks. The label stays
+// out of the sums so that nothing cancels where p_y is near 1: with d = (x_y - M)/temperature - log S,
 //     log p_y = -softplus(-d)      1 - p_y = sigmoid(-d)
 // and by the grouping property of entropy
 //     H = -p_y log p_y - (1 - p_y) log(1 - p_y) + (1 - p_y) (log S - W/S),
@@ -55,8 +55,8 @@ inline typename Simd::Float exp_in_range(typename Simd::Float x) {
   return Simd::mul(q, Simd::power_of_two(shifted));
 }
 
-// a = (x - offset)/temperature, not below kExpFloor. 1/temperature is carried in two floats: a relative error common to all a_j would
-// move the entropy by its own size times the variance of log p, where rounding errors of single a_j average out.
+// a = (x - offset)/temperature, not below kExpFloor. 1/temperature is carried in two floats: a relative error common to all a_j
+// would move the entropy by its own size times the variance of log p, where rounding errors of single a_j average out.
 template <class Simd, bool kScaled>
 struct Exponent {
   typename Simd::Float offset, floor, inverse_high, inverse_low;

@@ -1,12 +1,12 @@
-// torch.ops.keju.repetition: the longest stretch of a token sequence that repeats itself back to back, and the share of n-grams seen
-// before. rollout/reward/repetition.py defines both. Exact: hashes only rule candidates out, or are checked token by token.
+// torch.ops.keju.repetition: the longest stretch of a token sequence that repeats itself back to back, and the share of n-grams
+// seen before. rollout/reward/repetition.py defines both. Exact: hashes only rule candidates out, or are checked token by token.
 //
 // A stretch [start, start + covered) has period p where x[i] = x[i + p] for every i in [start, start + covered - p): a run of
 // matches of length covered - p. For each p the search is for runs of at least `need` matches, so as Boyer and Moore's it looks
-// first at the far end: given that a run may start at `left` at the earliest, it counts the matches backward from left + need - 1.
-// Either that finds a mismatch, and the run starts behind it, or the run is there. So n/need probes serve one p, and need is at
-// least (min_count - 1) p: n log n probes in all, each with one comparison of substrings by prefix hashes. As longer runs are found,
-// need grows, and the rest of the search gets shorter.
+// first at the far end: given that a run may start at `left` at the earliest, it counts the matches backward from
+// left + need - 1. Either that finds a mismatch, and the run starts behind it, or the run is there. About n/need probes serve one
+// p, and need is at least (min_count - 1) p: n log n probes in all, each at worst a binary search over prefix hashes. As longer
+// runs are found, need grows, and the rest of the search gets shorter.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -82,8 +82,8 @@ class TandemSearch {
     }
   }
 
-  // How many of the `need` positions that end at `last` match in a row, counted from `last` backward. May be too large where it is
-  // less than need (a hash that agreed by accident), which costs the search a probe and nothing else; need itself is certain.
+  // How many of the `need` positions that end at `last` match in a row, counted from `last` backward. May be too large where it
+  // is less than need (a hash that agreed by accident), which costs the search a probe and nothing else; need itself is certain.
   int64_t matches_backward(int64_t last, int64_t period, int64_t need) const {
     const int64_t direct = scan_backward(last, period, std::min<int64_t>(need, 16));
     if (direct < 16 || direct == need) return direct;
@@ -165,7 +165,8 @@ std::tuple<int64_t, int64_t, int64_t, double> repetition(const at::Tensor& token
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(keju, library) {
-  library.def("repetition(Tensor token_ids, int ngram, int min_count=3) -> (int start, int covered, int period, float ngram_share)");
+  library.def(
+      "repetition(Tensor token_ids, int ngram, int min_count=3) -> (int start, int covered, int period, float ngram_share)");
 }
 
 TORCH_LIBRARY_IMPL(keju, CPU, library) { library.impl("repetition", &repetition); }

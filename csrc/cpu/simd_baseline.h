@@ -4,7 +4,7 @@
 // The interface of a Simd type, which simd_avx2.h and simd_avx512.h share:
 //   Float, kLanes, kUnroll (independent accumulators), load/store of float and Bf16, set, add, sub, mul,
 //   fma(a, b, c) = a·b + c (rounded once where the processor can), max(a, b) = a > b ? a : b (so b where one is NaN),
-//   power_of_two(v): the float whose exponent field is the low 8 bits of v's bits, that is 2^(low bits - 127), or 0 where they are 0.
+//   power_of_two(v): the float whose exponent field is the low 8 bits of v's bits: 2^(low bits - 127), or 0 where they are 0.
 
 #pragma once
 

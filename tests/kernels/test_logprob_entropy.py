@@ -5,7 +5,7 @@ torch.log_softmax in fp32 (and autograd). A value may be off by 1.5 times the la
 1e-7 · max(1, |exact|): an fp32 result of magnitude 8 cannot be nearer than 5e-7, and naive may be exact by luck. A gradient may
 be off by the largest error of naive, plus 4 fp32 roundings of the largest term that goes into it and one rounding to the
 logits' dtype. Where p_y is near 1 naive is worthless, and a test of its own asks for a RELATIVE error below 5e-7. Plain PyTorch
-rounds to fp32 more often on its way and gets 5e-7 and, where p_y is near 1, 1e-5.
+rounds to fp32 more often on its way and gets 1e-6 and, where p_y is near 1, 1e-5.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_values_are_as_good_as_log_softmax(path, problem):
     logits_TV, labels_T, temperature, _, _ = problem
     exact = reference.logprob_entropy(logits_TV.double(), labels_T, temperature)
     ours = logprob_entropy(logits_TV, labels_T, temperature)
-    rounding = 5e-7 if path == "plain" else 1e-7
+    rounding = 1e-6 if path == "plain" else 1e-7
     for got, want, plain, name in zip(ours, exact, naive(*problem[:3]), ("logprob", "entropy"), strict=True):
         assert got.dtype == torch.float32
         allowed = 1.5 * error(plain, want).max() + rounding * want.abs().clamp_min(1)

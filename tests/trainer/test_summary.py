@@ -56,8 +56,8 @@ def test_summary_of_nothing_is_empty_and_still_written(tmp_path):
 
 def test_written_summary_is_the_summary(tmp_path):
     summary = summarize(rows())
-    path = write_summary(tmp_path, summary)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(summary)))
+    path = write_summary(tmp_path, summary, {"cores": "2"})
+    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(summary))) | {"machine": {"cores": "2"}}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 

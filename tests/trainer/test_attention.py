@@ -1,0 +1,102 @@
+"""Packed attention against the model of transformers itself, one sequence at a time with its own causal attention.
+
+It shows that no document sees another, and that padding inside a bucket changes neither outputs nor gradients. It does not show
+that one causal attention is right: that is transformers' own.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from trainer.attention import MIN_FILL, NAME, SequenceLayout, packed_attention
+
+CPU = torch.device("cpu")
+LENGTHS = {
+    "one": [7],
+    "single tokens": [1, 1, 1],
+    "alike": [9, 10, 8, 10],
+    "wildly different": [1, 97, 2, 30, 96, 1, 29, 68, 5],
+}
+
+
+def model(attention: str, dtype: torch.dtype, key_value_heads: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=key_value_heads, max_position_embeddings=128, initializer_range=0.3, attn_implementation=attention,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).to(dtype)
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_packed_is_as_one_at_a_time(name, dtype, tolerance, key_value_heads):
+    lengths = LENGTHS[name]
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(50, (length,), generator=generator) for length in lengths]
+    d_hidden = [torch.randn(length, 32, generator=generator, dtype=dtype) for length in lengths]
+
+    alone = model("sdpa", dtype, key_value_heads).model
+    expected = [alone(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0] for ids in sequences]
+    torch.autograd.backward(expected, d_hidden)
+
+    packed = model(NAME, dtype, key_value_heads).model
+    hidden = packed(
+        input_ids=torch.cat(sequences).unsqueeze(0),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        layout=SequenceLayout.of(lengths, CPU),
+        use_cache=False,
+    ).last_hidden_state[0]
+    hidden.backward(torch.cat(d_hidden))
+
+    assert (hidden - torch.cat(expected)).abs().max() <= tolerance * torch.cat(expected).abs().max()
+    for (weight, one), (_, other) in zip(packed.named_parameters(), alone.named_parameters(), strict=True):
+        scale = max(1.0, other.grad.abs().max().item())
+        assert (one.grad - other.grad).abs().max() <= 10 * tolerance * scale, weight
+
+
+def test_documents_do_not_see_each_other():
+    """Whatever stands beside it, a sequence's outputs stay bitwise what they were, and its inputs get no gradient from there."""
+    lengths = [5, 6, 30]
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(1, heads, 41, 8, generator=generator) for heads in (4, 2, 2))
+    module = torch.nn.Identity()
+    layout = SequenceLayout.of(lengths, CPU)
+    before, _ = packed_attention(module, query, key, value, None, scaling=0.3, layout=layout)
+    value.requires_grad_()
+    packed_attention(module, query, key, value, None, scaling=0.3, layout=layout)[0][:, 5:11].sum().backward()
+    touched = value.grad.abs().sum((0, 1, 3)) > 0
+    assert touched.tolist() == [False] * 5 + [True] * 6 + [False] * 30
+    changed = [tensor.detach().clone() for tensor in (query, key, value)]
+    for tensor in changed:
+        tensor[:, :, :5] += 1
+    after, _ = packed_attention(module, *changed, None, scaling=0.3, layout=layout)
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.equal(before[:, :5], after[:, :5])
+
+
+def test_a_mask_is_refused():
+    tensor = torch.zeros(1, 1, 2, 4)
+    layout = SequenceLayout.of([2], CPU)
+    with pytest.raises(ValueError, match="takes no mask"):
+        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, torch.zeros(2, 2), scaling=1.0, layout=layout)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=20))
+def test_layout(lengths):
+    """Bucket rows carry each sequence whole and in order, restore_T undoes them, and a bucket is filled to MIN_FILL."""
+    layout = SequenceLayout.of(lengths, CPU)
+    laid = torch.cat([rows for _, _, rows in layout.buckets])
+    assert torch.equal(laid[layout.restore_T], torch.arange(sum(lengths)))
+    assert sum(count for count, _, _ in layout.buckets) == len(lengths)
+    assert len(laid) * MIN_FILL <= sum(lengths)
+    starts = {sum(lengths[:index]): lengths[index] for index in range(len(lengths))}
+    for count, longest, rows in layout.buckets:
+        for line in rows.reshape(count, longest).tolist():
+            length = starts[line[0]]
+            assert line[:length] == list(range(line[0], line[0] + length))
+            assert length >= MIN_FILL * longest
