@@ -36,8 +36,9 @@ class ScoredMiniBatch:
     mean_entropy: float
     """Nats per response token, over all ranks, under the weights that scored it."""
     mismatch_sum: float
-    """Sum over all ranks' response tokens of |sampled - recomputed log-probability|; only meaningful for fresh samples."""
+    """Sum of |sampled - recomputed log-probability| over all ranks' tokens of fresh responses."""
     mismatch_max: float
+    """The largest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class Actor:
             part.old_logprob_R, entropy_R = self.policy(part, score)
             if stage.objective.kl_coefficient > 0:
                 part.ref_logprob_R, _ = self._reference(part, score)
-            gap_R = (part.old_logprob_R - part.sampled_logprob_R).abs()
+            gap_R = torch.where(part.fresh_R, part.old_logprob_R - part.sampled_logprob_R, 0).abs()
             sums += torch.stack([entropy_R.double().sum(), gap_R.double().sum()])
             largest = torch.maximum(largest, gap_R.double().max()) if gap_R.numel() else largest
             advance(len(part.indices))

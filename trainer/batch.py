@@ -29,6 +29,8 @@ class TokenSequence:
     advantage: float
     weight: float
     """Share of each of its response tokens in the mini-batch's loss."""
+    fresh: bool = True
+    """Sampled by the very weights that score it; False for a recovered one."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -43,6 +45,10 @@ class MiniBatch:
     @property
     def response_tokens(self) -> int:
         return sum(len(sequence.response) for sequence in self.sequences)
+
+    @property
+    def fresh_tokens(self) -> int:
+        return sum(len(sequence.response) for sequence in self.sequences if sequence.fresh)
 
 
 @dataclass(slots=True)
@@ -61,14 +67,16 @@ class MicroBatch:
     advantage_R: Tensor
     weight_R: Tensor
     sampled_logprob_R: Tensor
+    fresh_R: Tensor
+    """Whether `sampled_logprob_R` is of the policy that scores."""
     old_logprob_R: Tensor | None = None
     ref_logprob_R: Tensor | None = None
     indices: tuple[int, ...] = field(default=())
     """Which sequences of the mini-batch these are, in packed order; a sequence's R rows stand together."""
 
 
-def mini_batches(groups: Sequence[Group], stage: StageConfig) -> list[MiniBatch]:
-    """The step's N groups, in order, cut into `stage.batch.mini_batches` equal parts, with advantages and token weights.
+def mini_batches(groups: Sequence[Group], stage: StageConfig, step: int) -> list[MiniBatch]:
+    """Step `step`'s N groups, in order, cut into `stage.batch.mini_batches` equal parts, with advantages and token weights.
 
     response_mean: weight = 1 / (responses · n) for a response of n tokens (GRPO).
     token_sum: weight = 1 / divisor, a constant of the stage (DAPO's objective here: a sum over tokens).
@@ -77,10 +85,10 @@ def mini_batches(groups: Sequence[Group], stage: StageConfig) -> list[MiniBatch]
     if not groups or len(groups) % stage.batch.mini_batches:
         raise ValueError(f"groups: {len(groups)} cannot be cut into batch.mini_batches {stage.batch.mini_batches} equal parts")
     size = len(groups) // stage.batch.mini_batches
-    return [_mini_batch(groups[start : start + size], stage) for start in range(0, len(groups), size)]
+    return [_mini_batch(groups[start : start + size], stage, step) for start in range(0, len(groups), size)]
 
 
-def _mini_batch(groups: Sequence[Group], stage: StageConfig) -> MiniBatch:
+def _mini_batch(groups: Sequence[Group], stage: StageConfig, step: int) -> MiniBatch:
     responses = sum(len(group.samples) for group in groups)
     divisor = stage.objective.divisor or responses * stage.response_limit
     sequences = []
@@ -88,7 +96,8 @@ def _mini_batch(groups: Sequence[Group], stage: StageConfig) -> MiniBatch:
         for sample, advantage in zip(group.samples, advantages(group.rewards, stage.objective), strict=True):
             per_token = stage.objective.loss_aggregation == "token_sum"
             weight = 1 / divisor if per_token else 1 / (responses * len(sample.token_ids))
-            sequences.append(TokenSequence(group.prompt_token_ids, sample.token_ids, sample.logprobs, advantage, weight))
+            fresh = group.drawn_step == step
+            sequences.append(TokenSequence(group.prompt_token_ids, sample.token_ids, sample.logprobs, advantage, weight, fresh))
     return MiniBatch(tuple(sequences))
 
 
@@ -124,5 +133,6 @@ def collate(sequences: Sequence[TokenSequence], device: torch.device, indices: t
         advantage_R=tensor([np.repeat([sequence.advantage for sequence in sequences], counts)], torch.float32),
         weight_R=tensor([np.repeat([sequence.weight for sequence in sequences], counts)], torch.float32),
         sampled_logprob_R=tensor([sequence.sampled_logprobs for sequence in sequences], torch.float32),
+        fresh_R=tensor([np.repeat([sequence.fresh for sequence in sequences], counts)], torch.bool),
         indices=indices,
     )

@@ -1,4 +1,4 @@
-"""`make demo`: set a tiny model up, warm it up, train it through the three stages on two ranks, and say in a table what came of it.
+"""`make demo`: set a tiny model up, warm it up, train it through the three stages on two ranks, say in a table what came of it.
 
 Exit code 1 where the recipe did not do its work: held-out pass@1 must rise by MIN_RISE, and stage 1's mean entropy over its last
 third must lie within MAX_ENTROPY_GAP of TER's target.

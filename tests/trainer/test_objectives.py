@@ -65,7 +65,7 @@ def group(outputs) -> Group:
 
 
 def example(config: StageConfig) -> MicroBatch:
-    batch = mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], config)
+    batch = mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], config, step=0)
     assert len(batch) == 1
     micro = collate(batch[0].sequences, torch.device("cpu"))
     micro.old_logprob_R = OLD.log()
@@ -146,7 +146,7 @@ def test_temperature_stands_inside_the_log_probability():
     check(stage(temperature=0.5), -0.003207499, GRPO_D_LOGPROB, (2, 2))
     # Logits (1, 0), T = 0.5: log p = -log(1 + e^-2) = -0.126928011, not -log(1 + e^-1) / 0.5.
     config = stage(temperature=0.5)
-    micro = collate(mini_batches([group([(1, ((1, 1),)), (-1, ((1, 1),))])], config)[0].sequences, torch.device("cpu"))
+    micro = collate(mini_batches([group([(1, ((1, 1),)), (-1, ((1, 1),))])], config, step=0)[0].sequences, torch.device("cpu"))
     micro.old_logprob_R = torch.zeros(2, dtype=torch.float64)
     hidden = torch.tensor([[1.0, 0.0]] * 2, dtype=torch.float64)
     result = linear_policy_loss(hidden, torch.eye(2, dtype=torch.float64), loss_inputs(micro, config, 0.0))
@@ -229,8 +229,8 @@ def test_statistics():
 def test_what_length_does_to_a_responses_share(aggregation, share):
     """GRPO gives every response 1/6 of the loss whatever its length. DAPO gives every token the same, whoever is beside it."""
     config = stage(loss_aggregation=aggregation)
-    short = mini_batches([group([(1, ((1, 1),) * 2), (-1, ((1, 1),) * 4), (-1, ((1, 1),) * 3)])], config)[0].sequences
-    long = mini_batches([group([(1, ((1, 1),) * 4), (-1, ((1, 1),) * 4), (-1, ((1, 1),) * 3)])], config)[0].sequences
+    short = mini_batches([group([(1, ((1, 1),) * 2), (-1, ((1, 1),) * 4), (-1, ((1, 1),) * 3)])], config, step=0)[0].sequences
+    long = mini_batches([group([(1, ((1, 1),) * 4), (-1, ((1, 1),) * 4), (-1, ((1, 1),) * 3)])], config, step=0)[0].sequences
     totals = [[s.weight * len(s.response) for s in sequences] for sequences in (short, long)]
     if share is not None:
         assert totals == [pytest.approx([share] * 3)] * 2
@@ -240,22 +240,24 @@ def test_what_length_does_to_a_responses_share(aggregation, share):
 
 
 def test_mini_batches_cut_the_groups_and_normalise_by_themselves():
-    cut = mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], stage(mini=2))
+    cut = mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], stage(mini=2), step=0)
     assert [[len(s.response) for s in batch.sequences] for batch in cut] == [[1, 2, 3], [2, 1, 2]]
     assert [s.weight for s in cut[0].sequences] == pytest.approx([1 / 3, 1 / 6, 1 / 9]), "1 / (3 responses · n)"
     assert [s.advantage for s in cut[1].sequences] == pytest.approx([1.154699538, -0.577349769, -0.577349769])
-    token_sum = mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], stage(mini=2, loss_aggregation="token_sum", context=60))
+    token_sum = mini_batches(
+        [group(EXAMPLE[:3]), group(EXAMPLE[3:])], stage(mini=2, loss_aggregation="token_sum", context=60), step=0
+    )
     assert {s.weight for batch in token_sum for s in batch.sequences} == {1 / (3 * 50)}
 
 
 def test_groups_that_cannot_be_cut_equally_are_refused():
     with pytest.raises(ValueError, match=r"3 cannot be cut into batch\.mini_batches 2"):
-        mini_batches([group(EXAMPLE[:3])] * 3, stage(mini=2))
+        mini_batches([group(EXAMPLE[:3])] * 3, stage(mini=2), step=0)
 
 
 def test_collate_predicts_each_response_token_from_the_position_before_it():
     config = stage()
-    micro = collate(mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], config)[0].sequences, torch.device("cpu"))
+    micro = collate(mini_batches([group(EXAMPLE[:3]), group(EXAMPLE[3:])], config, step=0)[0].sequences, torch.device("cpu"))
     assert micro.input_ids_T.tolist()[:7] == [1, 2, 0, 1, 2, 0, 1], "prompt (1, 2), response (0); prompt (1, 2), response (0, 1)"
     assert micro.position_ids_T.tolist()[:7] == [0, 1, 2, 0, 1, 2, 3]
     assert micro.rows_R.tolist()[:3] == [1, 4, 5]

@@ -99,7 +99,7 @@ def batches(config: StageConfig) -> list[MiniBatch]:
         verdicts = tuple(Verdict(reward == 1, "right" if reward == 1 else "wrong") for reward in rewards)
         prompt = generator.integers(VOCABULARY, size=int(generator.integers(2, 9))).astype(np.int32)
         groups.append(Group(Prompt("q", "?", "!"), prompt, tuple(samples), verdicts, 0))
-    return mini_batches(groups, config)
+    return mini_batches(groups, config, step=0)
 
 
 @contextmanager
