@@ -212,7 +212,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(tiny, whole_on_two_ranks):
     assert rows_of(run)[: INSIDE_STAGE_2 + 2] == rows_of(whole_on_two_ranks)[: INSIDE_STAGE_2 + 2], "the past stays"
     last, following = rows[INSIDE_STAGE_2 - 1], rows[INSIDE_STAGE_2]
     assert {name: last[f"ledger/{name}"] for name in saved["ledger"]} == saved["ledger"]
-    assert following["ledger/drawn"] == last["ledger/drawn"] + 9 * following["sampling/rounds"]
+    assert following["ledger/drawn"] == last["ledger/drawn"] + 14 * following["sampling/rounds"]
     gone = sum(following[f"ledger/{fate}"] - last[f"ledger/{fate}"] for fate in ("recovered", "expired"))
     assert gone >= len(saved["buffer"]) > 0, "the buffer came along"
     assert following["ledger/recovered"] > last["ledger/recovered"]

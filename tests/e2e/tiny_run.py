@@ -21,7 +21,7 @@ data: {{train: {{path: {folder}/train.jsonl}}, max_prompt_tokens: 24}}
 warmup: {{base: {folder}/base, data: {{path: {folder}/warmup.jsonl}}, steps: 40, sequences: 16, lr: 3.0e-3, max_tokens: 48}}
 evaluation: {{sets: [{{name: heldout, path: {folder}/train.jsonl, limit: 3}}], every: 3, k: 2}}
 checkpoint: {{every: 1, keep: 20}}
-batch: {{groups: 4, group_size: 4, mini_batches: 2, prompts_per_round: 9}}
+batch: {{groups: 4, group_size: 4, mini_batches: 2, prompts_per_round: 14}}
 actor: {{lr: 2.0e-4, warmup_steps: 3, tokens_per_micro_batch: 256}}
 stages:
   - name: grpo

@@ -73,6 +73,8 @@ def test_loss_falls_and_the_saved_folder_loads(folder, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from trainer.text import load_tokenizer
+
     config = load_config(folder / "run.yaml")
     prompts = check(config, folder / "run.yaml")
     assert len(prompts) == 30, "a prompt without a solution takes no part"
@@ -86,8 +88,9 @@ def test_loss_falls_and_the_saved_folder_loads(folder, capsys):
         torch.isfinite(weight).all() and not torch.equal(weight, weights[name]) for name, weight in warm.named_parameters()
     )
     assert warm.config.to_dict() | {"_name_or_path": ""} == base.config.to_dict() | {"_name_or_path": ""}
-    tokenizer = AutoTokenizer.from_pretrained(folder / "warm")
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder / "base").chat_template
+    assert AutoTokenizer.from_pretrained(folder / "warm").chat_template
+    tokenizer = load_tokenizer(folder / "warm")
+    assert tokenizer.get_vocab() == load_tokenizer(folder / "base").get_vocab()
     assert not (folder / "warm.tmp").exists()
     # What was learnt is in the saved weights: they give the worked solution a far better likelihood than the base does.
     text = f"{prompts[0].solution}\n</think>\n<answer>{prompts[0].answer}</answer>"
@@ -99,16 +102,16 @@ def test_loss_falls_and_the_saved_folder_loads(folder, capsys):
 def test_loss_is_the_mean_over_sequences_of_each_mean_over_its_response_tokens(folder, capsys):
     """The first loss, before any step: recomputed from the base model by plain forwards."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from trainer.text import end_tokens, prompt_encoder
+    from trainer.text import end_tokens, load_tokenizer, prompt_encoder
     from trainer.warmup import example_encoder
 
     config = load_config(folder / "run.yaml", ["warmup.steps=1", f"model.path={folder}/one"])
     prompts = check(config, folder / "run.yaml")
     warm_up(config, prompts)
     (loss,) = re.findall(r"loss ([\d.]+)", capsys.readouterr().out)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer = load_tokenizer(folder / "base")
     end = end_tokens(folder / "base", tokenizer)[0]
     encode = example_encoder(tokenizer, prompt_encoder(tokenizer, config.template), end, config.warmup, config)
     base, means = AutoModelForCausalLM.from_pretrained(folder / "base"), []
