@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollout.engine import Decoding, Engine, Request
+from rollout.errors import InputError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
 from rollout.recovery import BatchCollector, Ledger
@@ -26,8 +27,8 @@ class Judge(Protocol):
     def judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]: ...
 
 
-class SamplingStalled(RuntimeError):
-    """A step did not find its N groups in the rounds it may take."""
+class SamplingStalled(InputError):
+    """A step did not find its N groups in the rounds it may take: the prompts do not suit the policy, which a user can mend."""
 
 
 @dataclass(frozen=True, slots=True)
