@@ -1,4 +1,4 @@
-# make demo · make test · make gate · make lint. Everything lives in .venv; nothing outside this folder is written.
+# make demo · make test · make lint. Everything lives in .venv; nothing outside this folder is written.
 
 PYTHON ?= python3
 VENV := .venv

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rollout.decode_attention import NAME as DECODE_ATTENTION
 from rollout.engine import Decoding, Progress, Request
 from rollout.types import Sample
 
@@ -27,6 +28,7 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, model: nn.Module, *, end_token_ids: Sequence[int], tokens_per_batch: int) -> None:
+        model.set_attn_implementation(DECODE_ATTENTION)
         self._model = model.requires_grad_(False).eval()
         # What `generate` is not told it takes from the model folder's generation_config.json, and a repetition penalty from there
         # would sample from another distribution than the one that is reported and trained.
