@@ -110,7 +110,7 @@ def stage_names(band: Band) -> tuple[str, ...]:
     ("dapo-8k") or where it is unknown. Nothing for a stage without a name."""
     if not band.name:
         return ()
-    context = f"{band.context / 1024:.3g}K" if band.context >= 1024 else f"{band.context} tokens"
+    context = f"{band.context / 1024:.3g}K" if band.context >= 1024 else f"{band.context:.0f} tokens"
     if not np.isfinite(band.context) or context.lower() in band.name.lower():
         return (band.name,)
     return (f"{band.name}, {context}", band.name)

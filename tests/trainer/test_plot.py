@@ -118,7 +118,7 @@ def test_blocks_keep_the_whole_time():
 def test_a_stage_name_says_its_context_once():
     assert stage_names(Band(1, "dapo", 0, 1, 8192)) == ("dapo, 8K", "dapo")
     assert stage_names(Band(1, "dapo-8k", 0, 1, 8192)) == ("dapo-8k",)
-    assert stage_names(Band(0, "demo", 0, 1, 512)) == ("demo, 512 tokens", "demo")
+    assert stage_names(Band(0, "demo", 0, 1, 512.0)) == ("demo, 512 tokens", "demo")
     assert stage_names(Band(0, "", 0, 1, float("nan"))) == ()
 
 
