@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rollout.errors import InputError
-from trainer.config import STAGE_SECTIONS, RunConfig, StageConfig
+from trainer.config import STAGE_SECTIONS, RunConfig
 
 Location = tuple[int | str, ...]
 
@@ -204,6 +204,3 @@ def _dotted(location: Location) -> str:
 def _short(value: Any) -> str:
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-__all__ = ["StageConfig", "dump_config", "load_config"]

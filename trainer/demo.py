@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from rollout.errors import InputError
 from trainer import cli, launch
 from trainer.config_file import load_config
 from trainer.demo_task import write_base_model, write_problems
@@ -33,12 +34,13 @@ def main(arguments: list[str]) -> int:
     overrides = parser.parse_args(arguments).overrides
     check_packages()
     config = load_config(CONFIG, overrides)
+    if config.run != load_config(CONFIG).run:
+        raise InputError(
+            f"command line: run: {str(config.run)!r}: the demo clears its run folder; it keeps to the one in {CONFIG.name}"
+        )
     start = time.perf_counter()
-    RunLock(config.run).release()
-    for stale in (*config.run.glob("metrics.jsonl*"), config.run / SUMMARY_FILE):
-        stale.unlink(missing_ok=True)
-    for stale in ("checkpoints", "tensorboard", "figures", "data", "base", "warm"):
-        shutil.rmtree(config.run / stale, ignore_errors=True)
+    with RunLock(config.run):
+        clear(config.run)
 
     print(f"keju demo: writing problems and a tiny random Qwen2 to {config.run}", flush=True)
     write_problems(config.run / "data", config.seed)
@@ -55,6 +57,14 @@ def main(arguments: list[str]) -> int:
         return code
     print(f"keju demo: {time.perf_counter() - start:.0f} s in all; summary in {config.run / SUMMARY_FILE}")
     return verdict(json.loads((config.run / SUMMARY_FILE).read_text(encoding="utf-8")))
+
+
+def clear(run: Path) -> None:
+    """Removes what an earlier demo left; the demo starts anew each time."""
+    for stale in (*run.glob("metrics.jsonl*"), run / SUMMARY_FILE):
+        stale.unlink(missing_ok=True)
+    for stale in ("checkpoints", "tensorboard", "figures", "data", "base", "warm"):
+        shutil.rmtree(run / stale, ignore_errors=True)
 
 
 def verdict(summary: dict) -> int:

@@ -16,7 +16,7 @@ from trainer.config import TemplateConfig
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder, exactly as its tokenizer.json says.
 
-    Not AutoTokenizer: for a Qwen2 or Llama model it builds that family's own tokenizer and, without a word, puts the family's
+    Not AutoTokenizer: for a Qwen2 model it builds that family's own tokenizer and, without a word, puts the family's
     pre-tokenizer in the place of the file's.
     """
     from transformers import PreTrainedTokenizerFast

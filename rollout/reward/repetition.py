@@ -6,7 +6,7 @@ Two measures of a token sequence x of length n, both exact:
   covers most tokens is reported; of equals the one with the smaller period, then the earlier start.
 - The share of repeated n-grams: of the n - ngram + 1 n-grams, those that equal one starting earlier.
 
-Natively (csrc/cpu/repetition.cpp) 32K tokens take about a millisecond; else NumPy does it, some hundred times slower.
+Natively (csrc/cpu/repetition.cpp) 32K tokens take milliseconds, which a test bounds; else NumPy does it, period by period.
 """
 
 from __future__ import annotations

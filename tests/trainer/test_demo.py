@@ -6,8 +6,18 @@ import random
 
 import pytest
 
-from trainer.demo import verdict
+from rollout.errors import InputError
+from trainer.demo import main, verdict
 from trainer.demo_task import PARTS, worked_solution, write_problems
+
+
+def test_another_run_folder_is_refused_and_left_alone(tmp_path):
+    kept = tmp_path / "data" / "mine.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("precious")
+    with pytest.raises(InputError, match="clears its run folder"):
+        main([f"run={tmp_path}"])
+    assert kept.read_text() == "precious"
 
 
 def summary(first: float, last: float, entropy: float) -> dict:

@@ -138,3 +138,13 @@ def test_batches_pass_over_the_data_and_repeat_by_seed(folder):
     assert ids(0, 5) != ids(1, 5)
     assert ids(0, 5)[:20] != ids(0, 5)[20:]
     assert set(ids(0, 5, longest=3)) == {0, 1, 2, 3}, "too long ones are left out"
+
+
+def test_an_existing_model_folder_is_not_overwritten(folder):
+    there = folder / "somebody's model"
+    there.mkdir()
+    (there / "model.safetensors").write_bytes(b"precious")
+    config = load_config(folder / "run.yaml", [f"model.path={there}"])
+    with pytest.raises(InputError, match=r"model\.path: exists"):
+        check(config, folder / "run.yaml")
+    assert (there / "model.safetensors").read_bytes() == b"precious"
