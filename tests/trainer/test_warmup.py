@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from rollout.errors import InputError
 from rollout.types import Prompt
 from trainer.config_file import load_config
 from trainer.warmup import batches_of, check, response_text, warm_up
