@@ -43,16 +43,16 @@ def check(config: RunConfig, path: Path) -> list[Prompt]:
         raise InputError(
             f"{path}: warmup: missing; add this section (base, data, steps) or start training from model.path as it is"
         )
-    if config.model.path.exists():
-        raise InputError(
-            f"{config.model.path}: model.path: exists, and the warm-up would write it; remove it or name another folder"
-        )
     check_model_folder(config.warmup.base)
     prompts = read(config.warmup.data)
     if (without := sum(prompt.solution is None for prompt in prompts)) == len(prompts):
         raise InputError(
             f"{config.warmup.data.path}: warmup.data: none of the {without} prompts has a solution; "
             "map one with warmup.data.columns.solution"
+        )
+    if config.model.path.exists():
+        raise InputError(
+            f"{config.model.path}: model.path: exists, and the warm-up would write it; remove it or name another folder"
         )
     return [prompt for prompt in prompts if prompt.solution is not None]
 
