@@ -4,7 +4,8 @@
 
 The CPU row kernels are compiled once for each instruction set, with that set's flags and no other file's; which one runs is
 decided at run time (csrc/cpu/capability.cpp), so a build serves any x86-64 machine. CUDA sources join where torch has CUDA and
-nvcc is found. Exits with code 2 and one line on stderr where there is no torch or no C++ compiler.
+nvcc is found, compiled for those of CUDA_TARGETS that this nvcc knows, whatever GPU is in the machine. Exits with code 2 and one
+line on stderr where there is no torch or no C++ compiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from sysconfig import get_platform
@@ -30,6 +32,8 @@ if X86:
     # GCC 12 takes the undefined operands inside its own AVX-512 header for mistakes.
     quiet = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", *quiet]
+CUDA_TARGETS = {"80": "sm_80", "90a": "sm_90"}
+"""Architectures that CUDA sources are compiled for, and the name under which `nvcc --list-gpu-code` knows each."""
 
 
 def fail(line: str) -> None:
@@ -82,18 +86,29 @@ class Build(BuildExtension):
         super().build_extension(extension)
 
 
+def nvcc_flags(nvcc: Path) -> list[str]:
+    """Machine code for each known target, and the lowest one's PTX, from which a driver makes code for GPUs newer than all."""
+    listed = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [target for target, name in CUDA_TARGETS.items() if name in listed]
+    if not targets:
+        fail(f"{nvcc} compiles for none of {', '.join(CUDA_TARGETS.values())}; install a CUDA toolkit from 12.0 on")
+    code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    # Not -use_fast_math: the kernels name the approximate instructions that they want, and need the others exact.
+    return ["-O3", "-std=c++17", *code, f"-gencode=arch=compute_{targets[0]},code=compute_{targets[0]}"]
+
+
 def native_extension() -> Extension:
     per_isa = {path for isa in ("baseline", "avx2", "avx512") for path in CSRC.glob(f"cpu/*_{isa}.cpp")}
     sources = sorted(str(path) for path in CSRC.rglob("*.cpp") if path not in per_isa and path.parent.name != "cuda")
-    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     cuda_sources = sorted(str(path) for path in CSRC.glob("cuda/*") if path.suffix in (".cu", ".cpp"))
-    with_cuda = bool(cuda_sources) and torch.version.cuda is not None and nvcc
+    with_cuda = bool(cuda_sources) and torch.version.cuda is not None and nvcc.exists()
     make = CUDAExtension if with_cuda else CppExtension
     return make(
         "kernels._native",
         sources + (cuda_sources if with_cuda else []),
         depends=sorted(str(path) for path in CSRC.rglob("*.h")),
-        extra_compile_args={"cxx": [*CXX_FLAGS, *(["-DKEJU_CUDA"] if with_cuda else [])], "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags(nvcc) if with_cuda else []},
         extra_link_args=["-fopenmp"],
     )
 

@@ -3,27 +3,19 @@
     logits_TV = hidden_TD @ weight_VD^T      in chunks of rows, fp32, each dropped as soon as it has been reduced
 
 Forward alone is 1 GEMM. With gradient the chunk's logits are computed again in backward (4 GEMMs in all): the gradient that comes
-in is not known before. Where it is known, `linear_policy_loss` needs 3.
+in is not known before. Where it is known, `linear_policy_loss` needs 3. Two custom operations
+(torch.ops.keju.linear_logprob_entropy, …_backward); kernels/head.py holds the GEMMs and the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.logprob_entropy import logprob_entropy_backward_, logprob_entropy_forward
-from kernels.matmul import matmul_fp32
-
-CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 29}
-"""Most logits held at once: 32 MiB of fp32 stay near a CPU's cache, 2 GiB keep a GPU's GEMM wide."""
-
-
-def row_chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose logits stay under CHUNK_ELEMENTS; none for no rows."""
-    step = max(1, CHUNK_ELEMENTS.get(device.type, 1 << 23) // vocabulary)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+from kernels.head import Head, gradient_dtype
+from kernels.logprob_entropy import logprob_entropy_backward_, logprob_entropy_forward, temperature_tensor
 
 
 def linear_logprob_entropy(
@@ -31,67 +23,87 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.reference.logprob_entropy` of hidden_TD @ weight_VD^T; differentiable by hidden_TD and weight_VD.
 
-    hidden_TD [T, D], weight_VD [V, D]: fp32, bf16 or fp64. labels_T [T] int64, IGNORE allowed. temperature: scalar or [T].
-    Returns (logprob_T, entropy_T), fp32 (fp64 for fp64), nats. d_weight is summed over chunks in fp32.
+    hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64. labels_T [T] int64, IGNORE allowed. temperature: scalar or [T].
+    Returns (logprob_T, entropy_T), fp32 (fp64 for fp64), nats. d_weight is summed over chunks in fp32 and has the dtype
+    `head.gradient_dtype` says. Errors as `logprob_entropy`'s.
     """
-    return _LinearLogprobEntropy.apply(hidden_TD, weight_VD, labels_T, temperature)
+    temperature = temperature_tensor(temperature, len(labels_T), hidden_TD)
+    logprob_T, entropy_T, _ = _forward(hidden_TD, weight_VD, labels_T, temperature, gradient_dtype(weight_VD))
+    return logprob_T, entropy_T
 
 
-class _LinearLogprobEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, temperature):
-        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        logprob_T = hidden_TD.new_empty(len(labels_T), dtype=wide)
-        entropy_T = torch.empty_like(logprob_T)
-        for rows in row_chunks(len(labels_T), len(weight_VD), hidden_TD.device):
-            logits = matmul_fp32(hidden_TD[rows], weight_VD.T)
-            logprob_T[rows], entropy_T[rows], *_ = logprob_entropy_forward(logits, labels_T[rows], rows_of(temperature, rows))
-        ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
-        ctx.temperature = temperature
-        return logprob_T, entropy_T
-
-    @staticmethod
-    def backward(ctx, d_logprob_T, d_entropy_T):
-        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
-        gradient = HeadGradient(hidden_TD, weight_VD)
-        for rows in row_chunks(len(labels_T), len(weight_VD), hidden_TD.device):
-            logits = matmul_fp32(hidden_TD[rows], weight_VD.T)
-            forward = logprob_entropy_forward(logits, labels_T[rows], rows_of(ctx.temperature, rows))
-            gradient.add(rows, logits, labels_T, ctx.temperature, forward, d_logprob_T[rows], d_entropy_T[rows])
-        return gradient.d_hidden_TD, gradient.d_weight(), None, None
-
-
-class HeadGradient:
-    """Collects d_hidden and d_weight chunk by chunk; d_weight in fp32 whatever the weight is."""
-
-    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor) -> None:
-        self._hidden_TD, self._weight_VD = hidden_TD, weight_VD
-        self.d_hidden_TD = torch.empty_like(hidden_TD)
-        self._d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-
-    def add(
-        self,
-        rows: slice,
-        logits: Tensor,
-        labels_T: Tensor,
-        temperature: float | Tensor,
-        forward: tuple[Tensor, Tensor, Tensor],
-        d_logprob: Tensor,
-        d_entropy: Tensor,
-    ) -> None:
-        """One chunk; overwrites `logits` with their gradient. forward: what `logprob_entropy_forward` gave for it."""
-        logprob, _, saved = forward
-        d_logits = logprob_entropy_backward_(
-            logits, labels_T[rows], rows_of(temperature, rows), logprob, saved, d_logprob, d_entropy
+@torch.library.custom_op("keju::linear_logprob_entropy", mutates_args=())
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    temperature: Tensor,
+    d_weight_dtype: torch.dtype,  # noqa: ARG001  (for `_setup_context` alone)
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden_TD, weight_VD)
+    logprob_T = hidden_TD.new_empty(len(hidden_TD), dtype=head.wide)
+    entropy_T, saved_3T = torch.empty_like(logprob_T), logprob_T.new_empty(3, len(hidden_TD))
+    for rows, logits_RV in head.logits():
+        logprob_T[rows], entropy_T[rows], saved_3T[:, rows] = logprob_entropy_forward(
+            logits_RV, labels_T[rows], rows_of(temperature, rows)
         )
-        d_logits = d_logits.to(self._weight_VD.dtype)
-        self.d_hidden_TD[rows] = matmul_fp32(d_logits, self._weight_VD).to(self.d_hidden_TD.dtype)
-        self._d_weight_VD += matmul_fp32(d_logits.T, self._hidden_TD[rows])
-
-    def d_weight(self) -> Tensor:
-        return self._d_weight_VD.to(self._weight_VD.dtype)
+    return logprob_T, entropy_T, saved_3T
 
 
-def rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
-    """The temperature of a chunk: a scalar for all, or its rows."""
-    return temperature[rows] if isinstance(temperature, Tensor) and temperature.numel() > 1 else temperature
+@torch.library.custom_op("keju::linear_logprob_entropy_backward", mutates_args=())
+def _backward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    temperature: Tensor,
+    logprob_T: Tensor,
+    saved_3T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor,
+    d_weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    head = Head(hidden_TD, weight_VD, d_weight_dtype)
+    for rows, logits_RV in head.logits():
+        arguments = (labels_T[rows], rows_of(temperature, rows), logprob_T[rows], saved_3T[:, rows].contiguous(),
+                     d_logprob_T[rows], d_entropy_T[rows])  # fmt: skip
+        if head.in_place:
+            from kernels import triton_rows
+
+            d_logits_RV = head.gradient_memory(rows)
+            triton_rows.backward(logits_RV, arguments[0], arguments[1].float(), *arguments[2:], d_logits_RV)
+        else:
+            d_logits_RV = logprob_entropy_backward_(logits_RV, *arguments)
+        head.add(rows, d_logits_RV)
+    return head.d_hidden_TD, head.d_weight()
+
+
+@_forward.register_fake
+def _(hidden_TD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    rows = hidden_TD.shape[0]
+    return tuple(hidden_TD.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (3, rows)))
+
+
+@_backward.register_fake
+def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return hidden_TD.new_empty(hidden_TD.shape), weight_VD.new_empty(weight_VD.shape, dtype=rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.d_weight_dtype = inputs
+    logprob_T, _, saved_3T = output
+    ctx.mark_non_differentiable(saved_3T)
+    ctx.save_for_backward(*tensors, logprob_T, saved_3T)
+
+
+def _autograd_backward(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, _d_saved: Tensor) -> tuple:
+    d_hidden_TD, d_weight_VD = _backward(*ctx.saved_tensors, d_logprob_T, d_entropy_T, ctx.d_weight_dtype)
+    return d_hidden_TD, d_weight_VD, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def rows_of(temperature: Tensor, rows: slice) -> Tensor:
+    """The temperature of a chunk: one for all, or its rows."""
+    return temperature[rows] if temperature.numel() > 1 else temperature

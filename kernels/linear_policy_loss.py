@@ -6,20 +6,24 @@ The gradient of the clipped loss by a token's logits depends on that token's own
 formed as soon as its logits exist and the logits need not be computed twice. `entropy_weight` carries Targeted Entropy
 Regularization: coefficient · sign(mean entropy - target) / tokens of the mini-batch on all ranks. The sign is the one global
 quantity; the caller assumes it from the scoring pass, gets the true entropies back and repeats the pass where it assumed wrongly.
+
+One custom operation (torch.ops.keju.linear_policy_loss) yields values and gradients; the backward hands the gradients out, scaled
+in place. kernels/head.py holds the GEMMs and the memory, triton_policy.policy_rows the pass over a chunk on CUDA.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.linear_logprob_entropy import HeadGradient, row_chunks, rows_of
-from kernels.logprob_entropy import logprob_entropy_forward
-from kernels.matmul import matmul_fp32
+from kernels.clipped_policy_loss import clipped_sums
+from kernels.head import Head, gradient_dtype
+from kernels.linear_logprob_entropy import rows_of
+from kernels.logprob_entropy import backend_of, logprob_entropy_backward_, logprob_entropy_forward, temperature_tensor
+from kernels.reference import IGNORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,75 +67,119 @@ class PolicyLoss:
 
 
 def linear_policy_loss(hidden_TD: Tensor, weight_VD: Tensor, inputs: PolicyLossInputs) -> PolicyLoss:
-    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16 or fp64; never holds [T, V]. d_weight is summed in fp32.
+    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64; never holds [T, V]. d_weight is summed in fp32.
 
-    Gradients are formed in the forward where grad mode is on and scaled by the incoming gradient in the backward.
+    Gradients are formed in the forward where grad mode is on, and given out by ONE backward; a second raises RuntimeError.
+    d_weight has the dtype `head.gradient_dtype` says: fp32 where a bf16 leaf sets grad_dtype to it, else the weight's.
     """
-    return PolicyLoss(*_LinearPolicyLoss.apply(hidden_TD, weight_VD, inputs, torch.is_grad_enabled()))
+    wide = torch.promote_types(torch.promote_types(hidden_TD.dtype, weight_VD.dtype), torch.float32)
+    with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    old_T, advantage_T, weight_T = (x.detach().to(wide) for x in (inputs.old_logprob_T, inputs.advantage_T, inputs.weight_T))
+    loss, sums_8, logprob_T, entropy_T, *_ = _loss(
+        hidden_TD, weight_VD, inputs.labels_T, temperature_tensor(inputs.temperature, len(inputs.labels_T), hidden_TD),
+        old_T, advantage_T, weight_T, None if inputs.ref_logprob_T is None else inputs.ref_logprob_T.detach().to(wide),
+        inputs.clip_low, inputs.clip_high, inputs.kl_coefficient, inputs.entropy_weight, with_gradient, gradient_dtype(weight_VD),
+    )  # fmt: skip
+    policy_loss, low, high, kl, ref_kl, ratio_max, ratio_min, entropy_sum = sums_8.unbind()
+    return PolicyLoss(loss, policy_loss, logprob_T, entropy_T, entropy_sum, low, high, kl, ref_kl, ratio_max, ratio_min)
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, inputs: PolicyLossInputs, grad_enabled: bool):
-        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        with_gradient = grad_enabled and any(ctx.needs_input_grad[:2])
-        gradient = HeadGradient(hidden_TD, weight_VD) if with_gradient else None
-        logprob_T = hidden_TD.new_zeros(len(inputs.labels_T), dtype=wide)
-        entropy_T = torch.zeros_like(logprob_T)
-        chunks = [_chunk_loss(rows, hidden_TD, weight_VD, inputs, logprob_T, entropy_T, gradient)
-                  for rows in row_chunks(len(inputs.labels_T), len(weight_VD), hidden_TD.device)]  # fmt: skip
-        sums = _add_up(chunks, hidden_TD.device, wide)
-        entropy_sum = torch.where(inputs.weight_T != 0, entropy_T, 0).sum()
-        ref_kl_sum = torch.zeros_like(entropy_sum)
-        if inputs.ref_logprob_T is not None:
-            gap_T = inputs.ref_logprob_T.to(wide) - logprob_T
-            ref_kl_sum = torch.where(inputs.weight_T != 0, reference.k3(gap_T), 0).sum()
-        loss = sums.loss + inputs.entropy_weight * entropy_sum
-        outputs = (loss, sums.loss.clone(), logprob_T, entropy_T, entropy_sum, sums.clipped_low, sums.clipped_high,
-                   sums.kl_sum, ref_kl_sum, sums.ratio_max, sums.ratio_min)  # fmt: skip
-        ctx.mark_non_differentiable(*outputs[1:])
-        if gradient is not None:
-            ctx.save_for_backward(gradient.d_hidden_TD, gradient.d_weight())
-        return outputs
+@torch.library.custom_op("keju::linear_policy_loss", mutates_args=())
+def _loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    temperature: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    weight_T: Tensor,
+    ref_logprob_T: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coefficient: float,
+    entropy_weight: float,
+    with_gradient: bool,
+    d_weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, [policy loss and the other sums, entropy_sum], logprob_T, entropy_T, d_hidden_TD, d_weight_VD)."""
+    head = Head(hidden_TD, weight_VD, d_weight_dtype if with_gradient else None)
+    logprob_T = hidden_TD.new_empty(len(hidden_TD), dtype=head.wide)
+    entropy_T = torch.empty_like(logprob_T)
+    # A token without weight is not looked at.
+    labels_T = torch.where(weight_T != 0, labels_T, IGNORE)
+    scalars = (clip_low, clip_high)
+    for rows, logits_RV in head.logits():
+        tokens = (old_logprob_T[rows], advantage_T[rows], weight_T[rows])
+        ref_R = None if ref_logprob_T is None else ref_logprob_T[rows]
+        temperature_R = rows_of(temperature, rows)
+        if with_gradient and head.in_place:
+            from kernels import triton_policy
 
-    @staticmethod
-    def backward(ctx, d_loss, *_):
-        d_hidden_TD, d_weight_VD = ctx.saved_tensors
-        return d_hidden_TD * d_loss.to(d_hidden_TD.dtype), d_weight_VD * d_loss.to(d_weight_VD.dtype), None, None
-
-
-def _chunk_loss(rows, hidden_TD, weight_VD, inputs, logprob_T, entropy_T, gradient) -> reference.ClippedPolicyLoss:
-    """One chunk of rows: fills its part of logprob_T and entropy_T, adds its gradient, gives its sums."""
-    labels = torch.where(inputs.weight_T != 0, inputs.labels_T, reference.IGNORE)
-    logits = matmul_fp32(hidden_TD[rows], weight_VD.T)
-    forward = logprob_entropy_forward(logits, labels[rows], rows_of(inputs.temperature, rows))
-    logprob_T[rows], entropy_T[rows] = forward[0], forward[1]
-    chunk = reference.clipped_policy_loss(
-        forward[0],
-        inputs.old_logprob_T[rows],
-        inputs.advantage_T[rows],
-        inputs.weight_T[rows],
-        clip_low=inputs.clip_low,
-        clip_high=inputs.clip_high,
-        ref_logprob_T=None if inputs.ref_logprob_T is None else inputs.ref_logprob_T[rows],
-        kl_coefficient=inputs.kl_coefficient,
+            d_logits_RV = head.gradient_memory(rows)
+            triton_policy.policy_rows(
+                logits_RV, labels_T[rows], temperature_R.float(), *tokens, *scalars, ref_R, kl_coefficient, entropy_weight,
+                logprob_T[rows], entropy_T[rows], d_logits_RV,
+            )  # fmt: skip
+            head.add(rows, d_logits_RV)
+            continue
+        logprob_R, entropy_R, saved_3R = logprob_entropy_forward(logits_RV, labels_T[rows], temperature_R)
+        logprob_T[rows], entropy_T[rows] = logprob_R, entropy_R
+        if with_gradient:
+            _, d_logprob_R = clipped_sums(logprob_R, *tokens, *scalars, ref_R, kl_coefficient)
+            d_entropy_R = torch.full_like(entropy_R, entropy_weight)
+            head.add(rows, logprob_entropy_backward_(
+                logits_RV, labels_T[rows], temperature_R, logprob_R, saved_3R, d_logprob_R, d_entropy_R))  # fmt: skip
+    sums_7, _ = clipped_sums(logprob_T, old_logprob_T, advantage_T, weight_T, *scalars, ref_logprob_T, kl_coefficient)
+    entropy_sum = entropy_T.sum()
+    loss = sums_7[0] + entropy_weight * entropy_sum
+    d_hidden_TD, d_weight_VD = (
+        (head.d_hidden_TD, head.d_weight()) if with_gradient else (logprob_T.new_empty(0) for _ in range(2))
     )
-    if gradient is not None:
-        d_entropy = torch.full_like(forward[1], inputs.entropy_weight)
-        gradient.add(rows, logits, labels, inputs.temperature, forward, chunk.d_logprob_T, d_entropy)
-    return chunk
+    return loss, torch.cat((sums_7, entropy_sum.unsqueeze(0))), logprob_T, entropy_T, d_hidden_TD, d_weight_VD
 
 
-def _add_up(chunks: list[reference.ClippedPolicyLoss], device: torch.device, dtype: torch.dtype) -> reference.ClippedPolicyLoss:
-    """Sums and extremes over chunks; of no chunk, a loss of 0."""
-    zero = torch.zeros((), device=device, dtype=dtype)
-    infinity = torch.full((), math.inf, device=device, dtype=dtype)
-    return reference.ClippedPolicyLoss(
-        loss=sum((chunk.loss for chunk in chunks), zero),
-        clipped_low=sum((chunk.clipped_low for chunk in chunks), zero),
-        clipped_high=sum((chunk.clipped_high for chunk in chunks), zero),
-        kl_sum=sum((chunk.kl_sum for chunk in chunks), zero),
-        ratio_max=torch.stack([chunk.ratio_max for chunk in chunks] or [-infinity]).max(),
-        ratio_min=torch.stack([chunk.ratio_min for chunk in chunks] or [infinity]).min(),
-        d_logprob_T=zero,
-    )
+@_loss.register_fake
+def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(torch.promote_types(hidden_TD.dtype, weight_VD.dtype), torch.float32)
+    values = tuple(hidden_TD.new_empty(shape, dtype=wide) for shape in ((), (8,), hidden_TD.shape[:1], hidden_TD.shape[:1]))
+    if not rest[-2]:
+        return *values, *(hidden_TD.new_empty(0, dtype=wide) for _ in range(2))
+    return *values, hidden_TD.new_empty(hidden_TD.shape), weight_VD.new_empty(weight_VD.shape, dtype=rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ARG001
+    ctx.mark_non_differentiable(*output[1:])
+    # Not save_for_backward, which would keep a second reference to the gradients: the backward gives these very tensors to
+    # autograd, which then takes them as .grad without a copy. They are as large as the weight.
+    ctx.gradients = output[4:]
+
+
+def _autograd_backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple:
+    if ctx.gradients is None:
+        raise RuntimeError("linear_policy_loss: its gradients were given out by a backward before; compute the loss again")
+    (d_hidden_TD, d_weight_VD), ctx.gradients = ctx.gradients, None
+    if d_hidden_TD.numel() or d_weight_VD.numel():
+        _scale_(d_hidden_TD, d_loss)
+        _scale_(d_weight_VD, d_loss)
+    return d_hidden_TD, d_weight_VD, *(None,) * 12
+
+
+_loss.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("keju::scale_", mutates_args=("numbers",))
+def _scale_(numbers: Tensor, factor: Tensor) -> None:
+    """numbers *= factor, one number on the same device; where it is 1, as in most backwards, no memory is touched."""
+    if backend_of(numbers) == "triton":
+        from kernels import triton_policy
+
+        triton_policy.scale_(numbers, factor.float())
+    elif not factor.is_cpu:
+        numbers.mul_(factor.to(numbers.dtype))
+    elif factor.item() != 1:
+        numbers.mul_(factor.item())  # as a number it is not rounded to bf16 first
+
+
+@_scale_.register_fake
+def _(*_all: Tensor) -> None:
+    return None

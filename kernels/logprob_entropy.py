@@ -9,8 +9,8 @@ which are `reference.logprob_entropy`'s formulas, written so that the backward n
 of two large logarithms. For the label 1 - p_y is -expm1(log p_y), which does not cancel where p_y is near 1.
 
 Three custom operations carry it (torch.ops.keju.logprob_entropy_forward, …_backward, …_backward_), so that torch.compile and fake
-tensors see them. On a CPU, float32 and bfloat16 run natively (csrc/cpu/logprob_entropy*), if `backend.loss_path()` says so; all
-else, float64 and float16 and CUDA included, runs here in plain PyTorch.
+tensors see them. `backend.choose` picks what they run: triton_rows on CUDA, csrc/cpu/logprob_entropy* on a CPU, plain PyTorch
+here for the rest.
 
 Left out: a gradient by the temperature, and second derivatives.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.backend import loss_path
+from kernels.backend import Backend, choose
 from kernels.reference import IGNORE
 
 Temperature = float | Tensor
@@ -42,7 +42,8 @@ def logprob_entropy(
 
     Returns (logprob_T, at most 0; entropy_T), [T] in nats, in fp32, or fp64 where the logits are fp64.
     Raises ValueError for a shape that does not fit and, on a CPU, for a label outside the vocabulary or a temperature that is not
-    positive. Formulas: this module's head.
+    positive. On CUDA nothing waits for the device: there such a value stops it with an assertion that names the argument, which
+    the next synchronisation raises. Formulas: this module's head.
     """
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
@@ -54,8 +55,8 @@ def logprob_entropy(
 def logprob_entropy_forward(logits_TV: Tensor, labels_T: Tensor, temperature: Temperature = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob_T, entropy_T, saved_3T) of a chunk of logits, for a caller that arranges the backward itself.
 
-    Inputs and errors as `logprob_entropy`'s. saved_3T: [3, T] of logprob_T's dtype, (M, S, mean) of each row; it and logprob_T
-    are what `logprob_entropy_backward_` needs besides the logits.
+    Inputs and errors as `logprob_entropy`'s. saved_3T: [3, T] of logprob_T's dtype, (M, S, mean) of each row (Triton's M is in
+    its own unit); it and logprob_T are what `logprob_entropy_backward_`, run by the same backend, needs besides the logits.
     """
     return _forward(*_checked(logits_TV, labels_T, temperature), False)
 
@@ -87,15 +88,23 @@ def _checked(logits_TV: Tensor, labels_T: Tensor, temperature: Temperature) -> t
     rows, vocabulary = logits_TV.shape
     if labels_T.shape != (rows,) or labels_T.is_floating_point():
         raise ValueError(f"labels_T: expected [{rows}] integer, got {list(labels_T.shape)} {labels_T.dtype}")
+    if vocabulary > 1 and logits_TV.stride(1) != 1:
+        logits_TV = logits_TV.contiguous()
+    return logits_TV, labels_T.to(torch.int64), temperature_tensor(temperature, rows, logits_TV)
+
+
+def temperature_tensor(temperature: Temperature, rows: int, like: Tensor) -> Tensor:
+    """The temperature as [1] or [rows] on like's device. Raises ValueError for another shape or a number that is not positive."""
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().reshape(-1)
         if temperature.shape[0] not in (1, rows):
             raise ValueError(f"temperature: expected a scalar or [{rows}], got {list(temperature.shape)}")
-    else:
-        temperature = torch.full((1,), temperature, dtype=torch.float64, device=logits_TV.device)
-    if vocabulary > 1 and logits_TV.stride(1) != 1:
-        logits_TV = logits_TV.contiguous()
-    return logits_TV, labels_T.to(torch.int64), temperature
+        return temperature
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    # A GPU's kernels take it in fp32: converting it there would be fp64 work.
+    dtype = torch.float32 if like.is_cuda and like.dtype != torch.float64 else torch.float64
+    return torch.full((1,), temperature, dtype=dtype, device=like.device)
 
 
 def _check_writable(logits_TV: Tensor) -> None:
@@ -107,8 +116,9 @@ def _check_writable(logits_TV: Tensor) -> None:
         )
 
 
-def _is_native(logits_TV: Tensor) -> bool:
-    return logits_TV.is_cpu and logits_TV.dtype in (torch.float32, torch.bfloat16) and loss_path() == "native"
+def backend_of(tensor: Tensor) -> Backend:
+    """What a tensor's operations run with."""
+    return choose(tensor.device.type, str(tensor.dtype).removeprefix("torch."))
 
 
 @torch.library.custom_op("keju::logprob_entropy_forward", mutates_args=())
@@ -118,8 +128,15 @@ def _forward(
     temperature: Tensor,
     inplace_backward: bool,  # noqa: ARG001  (for `_setup_context` alone)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_native(logits_TV):
+    backend = backend_of(logits_TV)
+    if backend == "triton":
+        from kernels import triton_rows
+
+        return triton_rows.forward(logits_TV, labels_T, temperature.float())
+    if backend == "native":
         return torch.ops.keju.logprob_entropy_forward_native(logits_TV, labels_T, temperature)
+    if backend == "cuda":
+        return torch.ops.keju.logprob_entropy_forward_cuda(logits_TV, labels_T, temperature.float())
     return _plain_forward(logits_TV, labels_T, temperature)
 
 
@@ -134,6 +151,8 @@ def _backward(
     d_entropy_T: Tensor,
 ) -> Tensor:
     d_logits_TV = torch.empty(logits_TV.shape, dtype=logits_TV.dtype, device=logits_TV.device)
+    if backend_of(logits_TV) == "native":
+        torch.ops.keju.advise_huge_pages(d_logits_TV)  # or touching it for the first time takes longer than filling it
     _write_backward(logits_TV, labels_T, temperature, logprob_T, saved_3T, d_logprob_T, d_entropy_T, d_logits_TV)
     return d_logits_TV
 
@@ -196,11 +215,17 @@ def _write_backward(
     d_entropy_T: Tensor,
     d_logits_TV: Tensor,
 ) -> None:
-    arguments = (logits_TV, labels_T, temperature, logprob_T, saved_3T, d_logprob_T, d_entropy_T)
-    if _is_native(logits_TV):
-        torch.ops.keju.logprob_entropy_backward_native(*arguments, d_logits_TV)
+    backend, others = backend_of(logits_TV), (logprob_T, saved_3T, d_logprob_T, d_entropy_T)
+    if backend == "triton":
+        from kernels import triton_rows
+
+        triton_rows.backward(logits_TV, labels_T, temperature.float(), *others, d_logits_TV)
+    elif backend == "native":
+        torch.ops.keju.logprob_entropy_backward_native(logits_TV, labels_T, temperature, *others, d_logits_TV)
+    elif backend == "cuda":
+        torch.ops.keju.logprob_entropy_backward_cuda(logits_TV, labels_T, temperature.float(), *others, d_logits_TV)
     else:
-        d_logits_TV.copy_(_plain_backward(*arguments))
+        d_logits_TV.copy_(_plain_backward(logits_TV, labels_T, temperature, *others))
 
 
 def _plain_forward(logits_TV: Tensor, labels_T: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

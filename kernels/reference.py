@@ -65,6 +65,8 @@ class ClippedPolicyLoss(NamedTuple):
     """Tokens whose ratio rose above 1 + clip_high with a positive advantage."""
     kl_sum: Tensor
     """Sum of k3 for KL(old ‖ new), an estimate of how far the policy has moved since it was scored."""
+    ref_kl_sum: Tensor
+    """Sum of k3 for KL(new ‖ reference); 0 without a reference."""
     ratio_max: Tensor
     """-inf where no token takes part, so that the largest of several parts is the largest of the whole; ratio_min: inf."""
     ratio_min: Tensor
@@ -106,9 +108,11 @@ def clipped_policy_loss(
     high_T = active_T & (advantage_T > 0) & (ratio_T > 1 + clip_high)
     loss_T = torch.maximum(free_T, held_T)
     slope_T = torch.where(low_T | high_T, 0, free_T)
-    if ref_logprob_T is not None and kl_coefficient != 0:
+    ref_kl_T = torch.zeros_like(loss_T)
+    if ref_logprob_T is not None:
         gap_T = torch.where(active_T, ref_logprob_T.to(dtype) - logprob_T, 0)
-        loss_T = loss_T + kl_coefficient * k3(gap_T)
+        ref_kl_T = k3(gap_T)
+        loss_T = loss_T + kl_coefficient * ref_kl_T
         slope_T = slope_T - kl_coefficient * torch.expm1(gap_T)
     infinity = torch.full((1,), math.inf, dtype=dtype, device=logprob_T.device)
     return ClippedPolicyLoss(
@@ -116,6 +120,7 @@ def clipped_policy_loss(
         clipped_low=low_T.sum(),
         clipped_high=high_T.sum(),
         kl_sum=torch.where(active_T, k3(log_ratio_T), 0).sum(),
+        ref_kl_sum=torch.where(active_T, ref_kl_T, 0).sum(),
         ratio_max=torch.cat((torch.where(active_T, ratio_T, -infinity), -infinity)).max(),
         ratio_min=torch.cat((torch.where(active_T, ratio_T, infinity), infinity)).min(),
         d_logprob_T=torch.where(active_T, slope_T * weight_T, 0),

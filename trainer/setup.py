@@ -29,10 +29,11 @@ class Parts:
     engine: TransformersEngine
     sampler: Sampler
     verifier: RuleVerifier
+    device: torch.device
 
     def paths(self) -> dict[str, str]:
         """Which implementation of each exchangeable part runs; goes into every metrics row."""
-        return {"path/loss": loss_path(), "path/engine": self.engine.name}
+        return {"path/loss": loss_path(self.device.type), "path/engine": self.engine.name}
 
     def close(self) -> None:
         self.verifier.close()
@@ -57,7 +58,7 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         tokens_per_batch=config.engine.tokens_per_batch,
     )
     sampler = Sampler(engine, reward, prompt_encoder(tokenizer, config.template), ranks, phase, config.seed)
-    return Parts(build_actor(config, ranks, mesh, device), engine, sampler, verifier)
+    return Parts(build_actor(config, ranks, mesh, device), engine, sampler, verifier, device)
 
 
 def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device) -> Actor:

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../logprob_entropy_checks.h"
 #include "capability.h"
 
 namespace keju {
@@ -28,18 +29,9 @@ const LogprobEntropyKernels& kernels_in_force() {
 // Rows a thread should have at least: about 64K logits, some tens of microseconds.
 int64_t grain(int64_t vocabulary) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, vocabulary)); }
 
-void check_logits(const at::Tensor& logits_TV, const char* name) {
-  TORCH_CHECK_VALUE(logits_TV.dim() == 2, name, ": expected [T, V], got ", logits_TV.sizes());
-  TORCH_CHECK_TYPE(logits_TV.scalar_type() == at::kFloat || logits_TV.scalar_type() == at::kBFloat16, name,
-                   ": expected float32 or bfloat16, got ", logits_TV.scalar_type());
-  TORCH_CHECK_VALUE(logits_TV.size(1) >= 1, name, ": the vocabulary is empty");
-  TORCH_CHECK_VALUE(logits_TV.size(1) == 1 || logits_TV.stride(1) == 1, name, ": expected column stride 1, got ",
-                    logits_TV.stride(1));
-}
-
-void check_row_values(const at::Tensor& tensor_T, int64_t rows, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK_VALUE(tensor_T.dim() == 1 && tensor_T.size(0) == rows, name, ": expected [", rows, "], got ", tensor_T.sizes());
-  TORCH_CHECK_TYPE(tensor_T.scalar_type() == dtype, name, ": expected ", dtype, ", got ", tensor_T.scalar_type());
+void check_dtype(const at::Tensor& logits_TV) {
+  TORCH_CHECK_TYPE(logits_TV.scalar_type() == at::kFloat || logits_TV.scalar_type() == at::kBFloat16,
+                   "logits_TV: expected float32 or bfloat16, got ", logits_TV.scalar_type());
 }
 
 // The inputs that forward and backward share, made contiguous (which keeps them alive) and checked value by value.
@@ -49,10 +41,10 @@ struct Inputs {
   Inputs(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& temperatures)
       : logits_TV(logits), labels_T(labels.contiguous()), temperature(temperatures.to(at::kDouble).contiguous()) {
     check_logits(logits_TV, "logits_TV");
+    check_dtype(logits_TV);
+    check_row_values(labels_T, logits_TV, at::kLong, "labels_T");
+    check_temperature(temperature, logits_TV);
     const int64_t rows = logits_TV.size(0), vocabulary = logits_TV.size(1);
-    check_row_values(labels_T, rows, at::kLong, "labels_T");
-    TORCH_CHECK_VALUE(temperature.dim() == 1 && (temperature.size(0) == 1 || temperature.size(0) == rows),
-                      "temperature: expected [1] or [", rows, "], got ", temperature.sizes());
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t label = labels_T.const_data_ptr<int64_t>()[t];
       TORCH_CHECK_VALUE(label == kIgnore || (0 <= label && label < vocabulary), "labels_T: label ", label, " of row ", t,
@@ -90,16 +82,7 @@ void backward(const at::Tensor& logits_TV, const at::Tensor& labels_T, const at:
               const at::Tensor& saved_3T, const at::Tensor& d_logprob_T, const at::Tensor& d_entropy_T, at::Tensor& d_logits_TV) {
   const Inputs inputs(logits_TV, labels_T, temperature);
   const int64_t rows = logits_TV.size(0);
-  check_logits(d_logits_TV, "d_logits_TV");
-  TORCH_CHECK_VALUE(d_logits_TV.sizes() == logits_TV.sizes() && d_logits_TV.scalar_type() == logits_TV.scalar_type(),
-                    "d_logits_TV: expected the logits' shape and dtype");
-  TORCH_CHECK_VALUE(rows <= 1 || d_logits_TV.stride(0) >= logits_TV.size(1), "d_logits_TV: its rows overlap");
-  check_row_values(logprob_T, rows, at::kFloat, "logprob_T");
-  check_row_values(d_logprob_T, rows, at::kFloat, "d_logprob_T");
-  check_row_values(d_entropy_T, rows, at::kFloat, "d_entropy_T");
-  TORCH_CHECK_VALUE(saved_3T.dim() == 2 && saved_3T.size(0) == 3 && saved_3T.size(1) == rows && saved_3T.is_contiguous() &&
-                        saved_3T.scalar_type() == at::kFloat,
-                    "saved_3T: expected what the forward gave");
+  check_backward(logits_TV, logprob_T, saved_3T, d_logprob_T, d_entropy_T, d_logits_TV);
   const at::Tensor logprob = logprob_T.contiguous(), d_logprob = d_logprob_T.contiguous(), d_entropy = d_entropy_T.contiguous();
   const float* saved = saved_3T.const_data_ptr<float>();
   const BackwardRows in = {inputs.rows(), logprob.const_data_ptr<float>(), saved, saved + rows, saved + 2 * rows,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.backend import loss_path
+from kernels.backend import has_native
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def measure_repetition(token_ids: np.ndarray, ngram: int = 16, *, min_count: int
         raise ValueError(f"token_ids: expected int32 or int64 [n], got {token_ids.dtype} {list(token_ids.shape)}")
     if ngram < 1 or min_count < 2:
         raise ValueError(f"ngram must be at least 1 and min_count at least 2, got {ngram} and {min_count}")
-    measure = _measure_native if loss_path() == "native" else _measure_numpy
+    measure = _measure_native if has_native() else _measure_numpy
     start, covered, period, ngram_share = measure(token_ids, ngram, min_count)
     return Repetition(start, covered, period, covered // period if period else 0, ngram_share)
 

@@ -1,8 +1,9 @@
-"""setup.py where there is no C++ compiler: one line that says so and code 2, before anything is compiled."""
+"""setup.py without a C++ compiler: one line and code 2, before anything is compiled. And what it asks of nvcc."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,27 @@ def test_missing_compiler_is_one_line_and_code_2(tmp_path, changed, named):
     assert named in lines[0]
     assert done.stderr.endswith(lines[0] + "\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("known", "code"),
+    [
+        ("sm_75 sm_80 sm_90 sm_120", ["sm_80", "sm_90a", "compute_80"]),
+        ("sm_75 sm_80", ["sm_80", "compute_80"]),
+        ("sm_90 sm_100", ["sm_90a", "compute_90a"]),
+        ("sm_100", None),
+    ],
+)
+def test_cuda_sources_are_built_for_the_targets_nvcc_knows(tmp_path, monkeypatch, capsys, known, code):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {known}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_arguments: None)
+    nvcc_flags = runpy.run_path("setup.py")["nvcc_flags"]
+    if code is None:
+        with pytest.raises(SystemExit):
+            nvcc_flags(nvcc)
+        assert "compiles for none of sm_80, sm_90" in capsys.readouterr().err
+    else:
+        assert [flag.rsplit("code=")[-1] for flag in nvcc_flags(nvcc) if flag.startswith("-gencode")] == code

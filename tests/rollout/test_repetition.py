@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels.backend import loss_path
+from kernels.backend import has_native
 from rollout.reward import repetition as module
 from rollout.reward.repetition import Repetition, is_repetitive, measure_repetition
 
 IMPLEMENTATIONS = [
     pytest.param(
         module._measure_native,
-        marks=pytest.mark.skipif(loss_path() != "native", reason="kernels._native is not built"),
+        marks=pytest.mark.skipif(not has_native(), reason="kernels._native is not built"),
         id="native",
     ),
     pytest.param(module._measure_numpy, id="numpy"),
@@ -88,7 +88,7 @@ def test_thue_morse_defeats_no_hash(measure):
     assert measure(np.concatenate(halves), 2048, 2)[3] == pytest.approx(1 / 4097)
 
 
-@pytest.mark.skipif(loss_path() != "native", reason="kernels._native is not built")
+@pytest.mark.skipif(not has_native(), reason="kernels._native is not built")
 @pytest.mark.parametrize("kind", ["text", "loop", "constant", "halves", "fibonacci", "binary"])
 def test_32k_tokens_take_little_time(kind):
     n = 32768
