@@ -1,4 +1,4 @@
-# make demo · make test · make lint. Everything lives in .venv; nothing outside this folder is written.
+# make demo · make test · make gate · make lint. Everything lives in .venv; nothing outside this folder is written.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +11,13 @@ NATIVE := $(VENV)/.native
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean smollm2
+.PHONY: help setup demo test gate bench lint format clean smollm2
 
 help:
 	@echo "make demo     set up, then train a tiny model through the three stages on CPU and draw the figures"
 	@echo "make test     set up, then run all tests"
+	@echo "make gate     the kernels against benchmarks/gates.toml, and their machine code"
+	@echo "make bench    the kernels beside every installed peer: a table, JSON and a plot in benchmarks/results"
 	@echo "make lint     ruff"
 	@echo "make setup    the private environment and the native kernels; seconds when nothing changed"
 	@echo "make smollm2  convert SmolLM2-135M-Instruct to models/smollm2-135m for configs/gsm8k-smollm2.yaml"
@@ -45,6 +47,13 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+# A machine that runs other things beside, as CI's does, holds the generous limits alone.
+gate: setup
+	@$(BIN)/python -m benchmarks.kernels --gate $(if $(CI),--generous)
+
+bench: setup
+	@$(BIN)/python -m benchmarks.kernels --full
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -149,6 +149,8 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ARG001
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd would make up zeros for each output without a gradient, one of them as large as the weight.
+    ctx.set_materialize_grads(False)
     # Not save_for_backward, which would keep a second reference to the gradients: the backward gives these very tensors to
     # autograd, which then takes them as .grad without a copy. They are as large as the weight.
     ctx.gradients = output[4:]

@@ -12,7 +12,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -34,15 +36,49 @@ class SubstringHash {
 
   uint64_t operator()(int64_t start, int64_t length) const { return prefix_[start + length] - prefix_[start] * power_[length]; }
 
- private:
-  static constexpr uint64_t kBase = 0x9e3779b97f4a7c15u | 1u;
-
   static uint64_t mix(uint64_t value) {
     value = (value ^ (value >> 31)) * 0x7fb5d329728ea185u + 0x632be59bd9b4e019u;
     return value ^ (value >> 29);
   }
 
+ private:
+  static constexpr uint64_t kBase = 0x9e3779b97f4a7c15u | 1u;
+
   std::vector<uint64_t> prefix_, power_;
+};
+
+// One byte of each token's hash, for comparing eight tokens at a time: unequal bytes are unequal tokens, equal bytes need a look.
+template <class Token>
+class Fingerprints {
+ public:
+  // As far as `matches_backward` looks.
+  static constexpr int64_t kMost = 16;
+
+  Fingerprints(const Token* x, int64_t n) : bytes_(n + kMost) {
+    for (int64_t i = 0; i < n; ++i) {
+      bytes_[kMost + i] = static_cast<uint8_t>(SubstringHash<Token>::mix(static_cast<uint64_t>(x[i])) >> 24);
+    }
+  }
+
+  // How many positions match in a row, counted from `last` backward, at most kMost; beyond the sequence's start anything may.
+  int64_t matches_backward(int64_t last, int64_t period) const {
+    for (int64_t matched = 0; matched < kMost; matched += 8) {
+      const uint64_t differ = eight_until(last - matched) ^ eight_until(last - matched + period);
+      if (differ != 0) return matched + std::countl_zero(differ) / 8;
+    }
+    return kMost;
+  }
+
+ private:
+  static_assert(std::endian::native == std::endian::little, "the last byte is to be the most significant one");
+
+  uint64_t eight_until(int64_t last) const {
+    uint64_t word;
+    std::memcpy(&word, bytes_.data() + kMost + last - 7, sizeof(word));
+    return word;
+  }
+
+  std::vector<uint8_t> bytes_;
 };
 
 struct Tandem {
@@ -54,7 +90,8 @@ struct Tandem {
 template <class Token>
 class TandemSearch {
  public:
-  TandemSearch(const Token* x, int64_t n, const SubstringHash<Token>& hash) : x_(x), n_(n), hash_(hash) {}
+  TandemSearch(const Token* x, int64_t n, const SubstringHash<Token>& hash)
+      : x_(x), n_(n), hash_(hash), fingerprints_(x, n) {}
 
   // Of equal stretches the first found stays: the smaller period, then the earlier start.
   Tandem longest(int64_t min_count) {
@@ -83,15 +120,21 @@ class TandemSearch {
   }
 
   // How many of the `need` positions that end at `last` match in a row, counted from `last` backward. May be too large where it
-  // is less than need (a hash that agreed by accident), which costs the search a probe and nothing else; need itself is certain.
+  // is less than need (hashes that agreed by accident), which costs the search a probe and nothing else; need itself is certain.
   int64_t matches_backward(int64_t last, int64_t period, int64_t need) const {
-    const int64_t direct = scan_backward(last, period, std::min<int64_t>(need, 16));
-    if (direct < 16 || direct == need) return direct;
+    const int64_t direct = fingerprints_.matches_backward(last, period);
+    if (direct < std::min(need, Fingerprints<Token>::kMost)) return direct;
+    if (need <= Fingerprints<Token>::kMost) return scan_backward(last, period, need);
     if (hashes_agree(last, period, need)) {
       if (std::equal(x_ + last + 1 - need, x_ + last + 1, x_ + last + 1 - need + period)) return need;
       return scan_backward(last, period, need);
     }
+    // Most runs are far shorter than what is needed: first in growing steps, then by halves.
     int64_t equal = direct, unequal = need;
+    for (int64_t step = Fingerprints<Token>::kMost; equal + step < unequal; step *= 2) {
+      if (!hashes_agree(last, period, equal + step)) unequal = equal + step;
+      else equal += step;
+    }
     while (unequal - equal > 1) {
       const int64_t middle = equal + (unequal - equal) / 2;
       (hashes_agree(last, period, middle) ? equal : unequal) = middle;
@@ -113,6 +156,7 @@ class TandemSearch {
   const Token* x_;
   int64_t n_;
   const SubstringHash<Token>& hash_;
+  const Fingerprints<Token> fingerprints_;
   Tandem best_;
 };
 
@@ -123,15 +167,15 @@ int64_t repeated_ngrams(const Token* x, int64_t n, int64_t ngram, const Substrin
   if (total <= 0) return 0;
   int64_t slots = 2;
   while (slots < 2 * total) slots *= 2;
-  std::vector<int64_t> first(slots, -1);
+  std::vector<int32_t> first(slots, -1);
   int64_t repeated = 0;
   for (int64_t i = 0; i < total; ++i) {
     const uint64_t key = hash(i, ngram);
     uint64_t slot = (key * 0xd6e8feb86659fd93u) >> 20;
     for (;; ++slot) {
-      int64_t& seen = first[slot & (slots - 1)];
+      int32_t& seen = first[slot & (slots - 1)];
       if (seen < 0) {
-        seen = i;
+        seen = static_cast<int32_t>(i);
         break;
       }
       if (hash(seen, ngram) == key && std::equal(x + i, x + i + ngram, x + seen)) {
@@ -156,6 +200,7 @@ std::tuple<int64_t, int64_t, int64_t, double> repetition(const at::Tensor& token
   TORCH_CHECK_VALUE(token_ids.dim() == 1, "token_ids: expected [n], got ", token_ids.sizes());
   TORCH_CHECK_VALUE(ngram >= 1, "ngram: expected at least 1, got ", ngram);
   TORCH_CHECK_VALUE(min_count >= 2, "min_count: expected at least 2, got ", min_count);
+  TORCH_CHECK_VALUE(token_ids.numel() <= INT32_MAX, "token_ids: at most ", INT32_MAX, " tokens, got ", token_ids.numel());
   const at::Tensor ids = token_ids.contiguous();
   if (ids.scalar_type() == at::kInt) return measure(ids.const_data_ptr<int32_t>(), ids.numel(), ngram, min_count);
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "token_ids: expected int32 or int64, got ", ids.scalar_type());
