@@ -1,5 +1,5 @@
-// The argument checks of logprob_entropy that its CPU and its CUDA operations share: shapes, dtypes, strides, devices. What depends
-// on values (labels, temperatures) is checked by each of them.
+// The argument checks that the CPU's and the CUDA operations of logprob_entropy share: shapes, dtypes, strides, devices. What
+// depends on values (labels, temperatures) is checked by each of them.
 
 #pragma once
 

@@ -38,11 +38,16 @@ class Head:
             hidden_TD, weight_VD = hidden_TD.to(inputs), weight_VD.to(inputs)
         self.hidden_TD, self.weight_VD = hidden_TD, weight_VD
         tokens, vocabulary = len(hidden_TD), len(weight_VD)
-        self.in_place = backend_of(hidden_TD.new_empty(0, dtype=self.wide)) == "triton"
+        backend = backend_of(hidden_TD.new_empty(0, dtype=self.wide))
+        self.in_place = backend == "triton"
         self._columns = (vocabulary + 63) // 64 * 64 if self.in_place else vocabulary
         rows = chunk_rows(tokens, self._columns * self.wide.itemsize, hidden_TD.device.type)
         self.chunks = [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
-        self._buffer = hidden_TD.new_empty(min(rows, tokens), self._columns, dtype=self.wide)
+        shape = (min(rows, tokens), self._columns)
+        if backend == "native":
+            self._buffer = torch.ops.keju.empty_reused(shape, self.wide)
+        else:
+            self._buffer = hidden_TD.new_empty(shape, dtype=self.wide)
         self._d_weight_dtype = d_weight_dtype
         if d_weight_dtype is not None:
             self.d_hidden_TD = torch.empty_like(hidden_TD)

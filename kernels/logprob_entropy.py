@@ -150,9 +150,10 @@ def _backward(
     d_logprob_T: Tensor,
     d_entropy_T: Tensor,
 ) -> Tensor:
-    d_logits_TV = torch.empty(logits_TV.shape, dtype=logits_TV.dtype, device=logits_TV.device)
     if backend_of(logits_TV) == "native":
-        torch.ops.keju.advise_huge_pages(d_logits_TV)  # or touching it for the first time takes longer than filling it
+        d_logits_TV = torch.ops.keju.empty_reused(logits_TV.shape, logits_TV.dtype)
+    else:
+        d_logits_TV = torch.empty(logits_TV.shape, dtype=logits_TV.dtype, device=logits_TV.device)
     _write_backward(logits_TV, labels_T, temperature, logprob_T, saved_3T, d_logprob_T, d_entropy_T, d_logits_TV)
     return d_logits_TV
 

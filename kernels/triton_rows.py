@@ -12,7 +12,8 @@ few terms, and lanes are added in a tree, always in the same order.
                 and 1024 lanes a processor it is 64 KB
 
 The label's column stays out of the sums, so that nothing cancels where p_y is near 1; `_close` adds it. NaN logits give NaN.
-Logits of -inf have a' floored at FLOOR, where 2^a' is 0 and a' is finite. |logit| · c must stay below 3e38.
+Logits of -inf, or of a mask's -3.4e38, have a' floored at FLOOR, where 2^a' is 0 and a' is finite. A row's largest |logit| · c
+must stay below 1e8: beyond, the half last place by which M' is rounded, and every a' with it, is more than a few.
 """
 
 from __future__ import annotations

@@ -39,16 +39,18 @@ struct Exponential {
 // exp(x), exp(x) - 1 and exp(x) - 1 - x, each accurate relative to itself. On-policy x is near 0, where k3 is about x²/2 and as a
 // difference, even one of expm1, would drown in roundings of x: the Taylor series serves |x| < 1 (what it leaves out is 1/12!).
 inline Exponential exponential(float x) {
-  const float e = std::exp(x);
-  // Not taken for NaN, and for an infinity the same as in the reference: NaN for +inf, inf for -inf.
-  if (!(std::fabs(x) < 1.0f)) return {e, e - 1.0f, e - 1.0f - x};
+  if (!(std::fabs(x) < 1.0f)) {
+    // NaN comes here too. The k3 of an infinity is as in the reference: NaN for +inf, inf for -inf.
+    const float e = std::exp(x);
+    return {e, e - 1.0f, e - 1.0f - x};
+  }
   float q = 1.0f / 39916800;
   for (const float coefficient : {1.0f / 3628800, 1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24,
                                   1.0f / 6, 1.0f / 2}) {
     q = q * x + coefficient;
   }
   const float k3 = q * x * x;
-  return {e, k3 + x, k3};
+  return {k3 + x + 1.0f, k3 + x, k3};
 }
 
 struct Inputs {
@@ -98,12 +100,13 @@ Sums sum_block(const Inputs& in, int64_t begin, int64_t end, float* d_logprob) {
     const float advantage = in.advantage[t];
     const Exponential moved = exponential(in.logprob[t] - in.old_logprob[t]);
     const float ratio = moved.exp;
-    const bool low = advantage < 0.0f && ratio < in.ratio_low;
-    const bool high = advantage > 0.0f && ratio > in.ratio_high;
+    // `&` and `|`: the sign of an advantage is a coin toss, and a branch on it a misprediction every other token.
+    const bool low = (advantage < 0.0f) & (ratio < in.ratio_low);
+    const bool high = (advantage > 0.0f) & (ratio > in.ratio_high);
     const float free = -ratio * advantage;
     const float held = -(ratio < in.ratio_low ? in.ratio_low : ratio > in.ratio_high ? in.ratio_high : ratio) * advantage;
     float loss = held > free ? held : free;  // free where it is NaN; held is never NaN alone
-    float slope = low || high ? 0.0f : free;
+    float slope = low | high ? 0.0f : free;
     if (in.ref_logprob != nullptr) {
       const Exponential gap = exponential(in.ref_logprob[t] - in.logprob[t]);
       sums.ref_kl += gap.k3;

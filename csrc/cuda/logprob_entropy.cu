@@ -19,7 +19,7 @@
 // formulas, 1 to 2 us where 152k logits in bf16 take 19, passes while the other block reads: a persistent grid would gain
 // nothing, and the hardware's queue evens out ignored rows, which end at once. In bf16 that memory feeds a multiprocessor 8 to 9
 // elements a clock, in which it can do 16 exponentials and 128 simple instructions: the forward's 1.03 exponentials and 8
-// instructions an element (a rescale for each element would make it 2 and 12) are a little over half of either.
+// instructions an element (with a rescale for each element 2 and 16) are a little over half of either.
 //
 // All sums have a fixed order (shuffles, then shared memory; no atomics): the same input gives the same bits.
 
@@ -76,8 +76,8 @@ __device__ __forceinline__ float exp2_pair(Pair x) { return exp2f(x.high) * fmaf
 // a_j, from the rounded c · M. NaN passes.
 __device__ __forceinline__ float exponent(float x, float c, float offset) { return max_or_nan(fmaf(x, c, -offset), kFloor); }
 
-// The sums of some columns, at first of none. `maximum` starts finite, so that nothing but -inf gives no inf - inf; `offset` is c · maximum, rounded,
-// and kept finite for the same reason. NaN is ignored in `maximum` and reaches the sums.
+// The sums of some columns, at first of none. `maximum` starts finite, so that nothing but -inf gives no inf - inf; `offset` is
+// c · maximum, rounded, and kept finite for the same reason. NaN is ignored in `maximum` and reaches the sums.
 struct Sums {
   float maximum, offset, sum, weighted;
 
@@ -150,8 +150,8 @@ __device__ __forceinline__ void combine_warp(Sums& sums, float c) {
   }
 }
 
-// Puts -inf in place of one element of a thread's loads. `column` counts the group's elements. Indexed with constants only, so that
-// the group stays in registers.
+// Puts -inf in place of one element of a thread's loads. `column` counts the group's elements. Indexed with constants only, so
+// that the group stays in registers.
 template <class Element>
 __device__ __forceinline__ void hide(Words (&group)[kUnroll], int column) {
   constexpr int kPerWord = kLanesPerWord<Element>;

@@ -1,6 +1,7 @@
-// torch.ops.keju.logprob_entropy_forward_cuda and _backward_cuda: argument checks, then one kernel on the current stream. They take
-// and return what the CPU's …_native do (csrc/cpu/logprob_entropy.cpp). Nothing here waits for the device: what depends on values
-// is left to the kernel, for which a label outside the vocabulary is a failed assertion and a temperature that is not positive NaN.
+// torch.ops.keju.logprob_entropy_forward_cuda and _backward_cuda: argument checks, then one kernel on the current stream. They
+// take and return what the CPU's …_native do (csrc/cpu/logprob_entropy.cpp). Nothing here waits for the device: what depends on
+// values is left to the kernel, where a label outside the vocabulary fails an assertion and a temperature that is not positive
+// makes its rows NaN.
 
 #include "logprob_entropy.h"
 

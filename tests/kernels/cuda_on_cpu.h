@@ -1,9 +1,9 @@
 // As much of CUDA as the kernels of csrc/cuda use, for a CPU, so that the same sources can be tested where there is no GPU.
 //
-// Blocks run one after the other. A block's threads are fibers of one system thread: each runs until it waits at a barrier or in a
-// shuffle, then the next, in turn. Every second block takes them from the last to the first, so that a result which hangs on their
-// order shows. A shared variable is a static one: it still holds what the last block left there. Threads that wait for one another
-// for ever end the process with a message, as does a failed assertion.
+// Blocks run one after the other. A block's threads are fibers of one system thread: each runs until it waits at a barrier or in
+// a shuffle, then the next, in turn. Every second block takes them from the last to the first, so that a result which hangs on
+// their order shows. A shared variable is a static one: it still holds what the last block left there. Threads that wait for one
+// another for ever end the process with a message, as does a failed assertion.
 //
 // What this cannot show: races between fibers that never wait in between, and anything about speed.
 
