@@ -1,8 +1,7 @@
 // torch.ops.keju.empty_reused: uninitialised memory that was touched before. PyTorch gives a large CPU tensor back to the system when
-// it is freed, so that the next one of its size faults in every page again: 66 ms for the 156 MB of a gradient that takes 30 ms to
-// fill. Here ONE block is kept when its tensor is freed, and handed out again to a request of about its size.
-//
-// Huge pages instead made that 15 ms, or 500 where the machine had none ready.
+// it is freed, so that the next one of its size faults in every page again, which takes longer than filling it does. Here ONE block
+// is kept when its tensor is freed, and handed out again to a request of about its size. Huge pages would do as well, but not where
+// the machine has none ready.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.linear_policy_loss import PolicyLoss, PolicyLossInputs, linear_policy_loss
 
-TOKENS, HIDDEN, VOCABULARY = 15, 16, 83
+TOKENS, HIDDEN, VOCABULARY = 10, 16, 83
 TOKEN_FIELDS = ("labels_T", "old_logprob_T", "advantage_T", "weight_T", "ref_logprob_T")
 
 

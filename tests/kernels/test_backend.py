@@ -49,12 +49,19 @@ def test_falling_back_on_a_gpu_is_said_once(without):
         assert backend.choose("cuda", "bfloat16") == "reference"
 
 
-def test_a_device_does_not_ask_for_the_other_ones_kernels(without):
+def test_a_cpu_does_not_ask_for_triton(without):
     without("triton", backend.has_triton)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.choose("cpu", "float32")
         assert backend.choose("cpu", "float64") == backend.choose("cuda", "float64") == "reference"
+
+
+def test_a_gpu_does_not_ask_for_the_cpu_kernels(without):
+    without("kernels._native", backend.has_native)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.choose("cuda", "float32") == ("triton" if backend.has_triton() else "reference")
 
 
 @pytest.mark.parametrize(

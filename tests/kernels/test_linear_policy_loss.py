@@ -35,12 +35,12 @@ from kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 NAIVE_RATIO = 2.0
 
 
-@pytest.mark.parametrize("chunk_rows", [100, 1, 4, 14])
+@pytest.mark.parametrize("chunk_rows", [100, 1, 4, 9])
 @pytest.mark.parametrize("name", FIELDS)
 def test_fp64_is_the_definition(name, chunk_rows, monkeypatch):
-    """One chunk; one row a chunk; a last chunk that is shorter; a last chunk of one row, which takes no part."""
+    """One chunk; one row a chunk; a last chunk that is shorter; a last chunk of one row."""
     set_chunk_rows(monkeypatch, REFERENCE, chunk_rows, VOCABULARY, 8)
-    given_problem = problem(seed=5, **FIELDS[name])
+    given_problem = problem(**FIELDS[name])
     inputs = given_problem.inputs
     result, d_hidden_TD, d_weight_VD = by_head(given_problem)
     (loss, clipped, logprob_T, entropy_T), expected_d_hidden_TD, expected_d_weight_VD = by_definition(given_problem)

@@ -64,14 +64,15 @@ def test_gradients_are_as_good_as_autograd(path: Path, problem: Problem):
 
 
 @pytest.mark.parametrize("gap", [1.0, 8.0, 15.0, 20.0, 40.0, 60.0])
-@pytest.mark.parametrize("vocabulary", [2, 1000, 5000])
-def test_a_near_certain_label_keeps_relative_accuracy(path: Path, gap: float, vocabulary: int):
-    """log p_y, H and 1 - p_y are tiny there; computed from p_y rounded to fp32 they would be 0 or noise."""
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(2, 1.0), (2, 0.7), (1000, 1.3), (5000, 1.0), (5000, 0.7)])
+def test_a_near_certain_label_keeps_relative_accuracy(path: Path, gap: float, vocabulary: int, temperature: float):
+    """log p_y, H and 1 - p_y are tiny there; computed from p_y rounded to fp32 they would be 0 or noise. The gap is in nats."""
     logits_TV = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(1))
     labels_T = torch.tensor([0, vocabulary // 2, vocabulary - 1])
-    logits_TV[torch.arange(3), labels_T] = logits_TV.max() + gap
-    exact = reference.logprob_entropy(logits_TV.double(), labels_T)
-    logprob_T, entropy_T = logprob_entropy(*path.place((logits_TV, labels_T)))
+    logits_TV[torch.arange(3), labels_T] = logits_TV.max() + gap * temperature
+    temperature_T = torch.full((3,), temperature)
+    exact = reference.logprob_entropy(logits_TV.double(), labels_T, temperature_T)
+    logprob_T, entropy_T = logprob_entropy(*path.place((logits_TV, labels_T, temperature_T)))
     assert (logprob_T < 0).all()
     tolerance = CERTAIN[path.backend]
     torch.testing.assert_close(logprob_T.cpu().double(), exact[0], rtol=tolerance, atol=0)
@@ -79,8 +80,8 @@ def test_a_near_certain_label_keeps_relative_accuracy(path: Path, gap: float, vo
     if path.backend != "reference" and gap < 30:
         torch.testing.assert_close(entropy_T.cpu().double(), exact[1], rtol=tolerance, atol=0)
     arrives = (torch.ones(3), torch.zeros(3))
-    d_logits_TV = gradient(logprob_entropy, *path.place((logits_TV, labels_T, 1.0, *arrives)))
-    d_label_T = d_logits_TV[torch.arange(3), labels_T].double()
+    d_logits_TV = gradient(logprob_entropy, *path.place((logits_TV, labels_T, temperature_T, *arrives)))
+    d_label_T = d_logits_TV[torch.arange(3), labels_T].double() * temperature_T
     torch.testing.assert_close(d_label_T, -torch.expm1(exact[0]), rtol=2 * tolerance, atol=0)
 
 

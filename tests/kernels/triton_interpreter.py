@@ -2,9 +2,9 @@
 
 Where there is a GPU the kernels are compiled and run on it; elsewhere they are interpreted on the CPU, with the machine's
 arithmetic instead of NumPy's where the two differ: fp32 is narrowed to bf16 to nearest even (the interpreter cuts bits off), a
-fused multiply-add rounds once, 2^x is 0 where the result would be denormal, and exp(x) is 2^(x · log2 e) with the product
-rounded, which costs |x| · 6e-8 of relative accuracy. Barriers, the order of a tree of sums and the approximate division stay
-unseen.
+fused multiply-add rounds once, a maximum drops NaN unless it is told to keep it, 2^x is 0 where the result would be denormal,
+and exp(x) is 2^(x · log2 e) with the product rounded, which costs |x| · 6e-8 of relative accuracy. Barriers, the order of a tree
+of sums and the approximate division stay unseen.
 """
 
 from __future__ import annotations
@@ -49,7 +49,16 @@ if not ON_GPU:
         with np.errstate(all="ignore"):
             return _exp2(x * np.float32(1.4426950408889634))
 
+    _min_max = interpreter.ReduceOps.min_max
+
+    def _min_max_without_nan(reduction, values, val_reduce_op, idx_reduce_op=None):
+        dropping = {np.min: np.fmin.reduce, np.max: np.fmax.reduce}
+        return _min_max(reduction, values, dropping.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
     interpreter._convert_float = _convert_rounding
+    interpreter.ReduceOps.min_max = _min_max_without_nan
+    interpreter.InterpreterBuilder.create_maxnumf = lambda builder, x, y: builder.binary_op(x, y, np.fmax)
+    interpreter.InterpreterBuilder.create_minnumf = lambda builder, x, y: builder.binary_op(x, y, np.fmin)
     interpreter.InterpreterBuilder.create_fma = _fma
     interpreter.InterpreterBuilder.create_exp2 = lambda builder, x: builder.unary_op(x, _exp2)
     interpreter.InterpreterBuilder.create_exp = lambda builder, x: builder.unary_op(x, _exp)
