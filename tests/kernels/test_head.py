@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from head_problems import by_definition, by_head, close, largest_error, problem
+from head_problems import Problem, by_definition, by_head, close, largest_error, problem
 from kernel_paths import REFERENCE, TRITON, Path, set_chunk_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,7 +102,14 @@ def test_narrowed_is_the_upper_half_of_each_row():
     assert (whole_TV.data_ptr(), whole_TV.shape) == (logits_TV.data_ptr(), (3, 83))
 
 
-def bf16_chunk_sum(given_problem, rows: int) -> Tensor:
+@functools.cache
+def of_many_chunks(rows: int) -> tuple[Problem, Tensor, Tensor]:
+    """(problem, exact d_weight, `bf16_chunk_sum`)."""
+    given_problem = problem(dtype=torch.bfloat16, shape=(48, 16, 50), weight_0=False)
+    return given_problem, by_definition(given_problem.double())[2], bf16_chunk_sum(given_problem, rows)
+
+
+def bf16_chunk_sum(given_problem: Problem, rows: int) -> Tensor:
     """d_weight as a chunked head gets it whose chunks' products leave the GEMM in bf16 and are added up in bf16."""
     tokens = len(given_problem.hidden_TD)
     total_VD = torch.zeros_like(given_problem.weight_VD)
@@ -116,13 +125,12 @@ def test_d_weight_is_summed_in_fp32(path: Path, monkeypatch):
     set_chunk_rows(monkeypatch, path, rows, vocabulary)
     if path.backend == "triton":
         set_chunk_rows(monkeypatch, path, rows, 64)
-    given_problem = problem(dtype=torch.bfloat16, shape=(48, 16, vocabulary), weight_0=False)
-    exact = by_definition(given_problem.double())[2]
+    given_problem, exact, in_bf16 = of_many_chunks(rows)
 
     def rms(got: Tensor) -> float:
         return (got.double() - exact).square().mean().sqrt().item()
 
-    naive = rms(bf16_chunk_sum(given_problem, rows))
+    naive = rms(in_bf16)
     assert rms(by_head(given_problem, path)[2]) * 3 < naive
     hidden_TD, weight_VD, inputs = path.place(tuple(given_problem))
     weight_VD.requires_grad_().grad_dtype = torch.float32

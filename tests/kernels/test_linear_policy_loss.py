@@ -7,6 +7,7 @@ Where a single problem decides, naive may be exact by luck: there `roundings` sa
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -80,29 +81,33 @@ def test_fp64_gradient_is_that_of_central_differences():
         assert ((up - down) / (2 * step)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@functools.cache
+def yardstick(name: str, dtype: torch.dtype) -> list[tuple[Tensor, float, float]]:
+    """(exact of seed 0, naive's largest error over 8 problems, the largest number there) of loss, d_hidden and d_weight."""
+    errors, largest = [0.0] * 3, [0.0] * 3
+    for seed in reversed(range(8)):
+        given_problem = problem(dtype=dtype, seed=seed, **FIELDS[name])
+        (exact_parts, *exact_gradients), (naive_parts, *naive_gradients) = (
+            by_definition(given_problem.double()),
+            by_definition(given_problem),
+        )
+        exact = [exact_parts[0].detach(), *exact_gradients]
+        for at, naive in enumerate([naive_parts[0].detach(), *naive_gradients]):
+            errors[at] = max(errors[at], largest_error(naive, exact[at]))
+            largest[at] = max(largest[at], exact[at].abs().max().item())
+    return list(zip(exact, errors, largest, strict=True))
+
+
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_against_the_naive_path(path: Path, name, dtype, monkeypatch):
     set_chunk_rows(monkeypatch, path, 4, VOCABULARY)
-    errors: dict[str, list[float]] = {"head": [0.0] * 3, "naive": [0.0] * 3}
-    largest = [0.0] * 3
-    for seed in range(8):
-        given_problem = problem(dtype=dtype, seed=seed, **FIELDS[name])
-        exact_parts, *exact_gradients = by_definition(given_problem.double())
-        exact = [exact_parts[0], *exact_gradients]
-        naive_parts, *naive_gradients = by_definition(given_problem)
-        solutions = {"naive": [naive_parts[0], *naive_gradients]}
-        if seed == 0:  # naive's largest error is to be a typical one
-            result, *gradients = by_head(given_problem, path)
-            solutions["head"] = [result.loss, *gradients]
-        for at in range(3):
-            largest[at] = max(largest[at], exact[at].abs().max().item())
-            for which, solution in solutions.items():
-                errors[which][at] = max(errors[which][at], largest_error(solution[at], exact[at]))
+    result, *gradients = by_head(problem(dtype=dtype, **FIELDS[name]), path)
     ratio = NAIVE_RATIO if dtype == torch.float32 else 1.0
-    for at, what in enumerate(("loss", "d_hidden", "d_weight")):
-        rounding = torch.finfo(torch.float32 if at == 0 else dtype).eps * largest[at]
-        assert errors["head"][at] <= ratio * errors["naive"][at] + rounding, what
+    solution = (("loss", result.loss), ("d_hidden", gradients[0]), ("d_weight", gradients[1]))
+    for (what, got), (exact, naive, largest) in zip(solution, yardstick(name, dtype), strict=True):
+        rounding = torch.finfo(torch.float32 if what == "loss" else dtype).eps * largest
+        assert largest_error(got, exact) <= ratio * naive + rounding, what
 
 
 def roundings(exact: Problem, narrow: torch.dtype) -> tuple[float, float, float]:
@@ -122,7 +127,7 @@ def roundings(exact: Problem, narrow: torch.dtype) -> tuple[float, float, float]
     return (8 * logit * slope_T).sum().item() * coldest + 1e-7, d_hidden.item() + 1e-7, d_weight.item() + 1e-7
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(given_problem=problems())
 def test_any_shape_and_dtype(path: Path, given_problem: Problem):
     exact_parts, *exact_gradients = by_definition(given_problem.double())
