@@ -63,25 +63,27 @@ class RunLock:
 
 def provenance() -> dict[str, str]:
     """What a measurement was taken on and with: for every result file. The commit is "-dirty" where the tree differs from it."""
-    versions = {name: _version(name) for name in ("torch", "transformers", "numpy", "reasoning-gym", "math-verify")}
+    versions = {name: version_of(name) for name in ("torch", "transformers", "numpy", "reasoning-gym", "math-verify")}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
-        "cpu": _cpu_model(),
+        "commit": commit(),
+        "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         **versions,
     }
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, or "absent"."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that runs, "-dirty" where the tree differs from it; "unknown" outside a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -89,7 +91,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

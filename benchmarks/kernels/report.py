@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from benchmarks.kernels.cases import Case, bytes_to_move, operations_to_do
 from benchmarks.kernels.gates import Verdict
 from benchmarks.kernels.results import CaseResult, Measurement, as_json, throughput
+from trainer import environment
 
 HEADERS = ("contender", "ms", "p10–p90", "× keju", "rate", "of floor", "memory", "error (logprob H d)", "returns")
 
@@ -132,10 +131,10 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
     names = ("torch", "triton", "numpy")
     found: dict[str, object] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
+        "commit": commit or environment.commit(),
         "device": device_name(device),
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        **{name: environment.version_of(name) for name in names},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -152,9 +151,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{environment.cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
@@ -164,19 +161,3 @@ def slug(name: str) -> str:
 
 def by_case(results: Sequence[CaseResult]) -> dict[Case, CaseResult]:
     return {result.case: result for result in results}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _commit() -> str:
-    """ "-dirty" where the tree differs from the commit; "unknown" outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

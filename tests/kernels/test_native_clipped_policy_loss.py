@@ -172,24 +172,6 @@ def test_clip_bounds_are_inside():
             assert d_logprob == -ratio * advantage
 
 
-@pytest.mark.parametrize(
-    ("log_ratio", "advantage", "loss", "slope", "low", "high"),
-    [
-        (-1.0, -2.0, 1.6, 0.0, 1, 0),  # too low already, and to be lowered: the clip holds
-        (-1.0, 2.0, -2 * math.exp(-1), -2 * math.exp(-1), 0, 0),
-        (1.0, 2.0, -2.56, 0.0, 0, 1),
-        (1.0, -2.0, 2 * math.exp(1), 2 * math.exp(1), 0, 0),
-        (1.0, 0.0, 0.0, 0.0, 0, 0),
-        (0.0, 3.0, -3.0, -3.0, 0, 0),
-    ],
-)
-def test_each_side_of_the_clip(log_ratio, advantage, loss, slope, low, high):
-    sums, d_logprob = one(log_ratio, 0.0, advantage, 0.5)
-    assert sums["loss"] == pytest.approx(0.5 * loss, rel=1e-6)
-    assert d_logprob == pytest.approx(0.5 * slope, rel=1e-6)
-    assert (sums["clipped_low"], sums["clipped_high"]) == (low, high)
-
-
 @pytest.mark.parametrize("where", ["logprob", "old", "advantage", "weight", "ref"])
 def test_nan_of_a_token_that_takes_part_is_seen(where):
     values = {"logprob": -1.0, "old": -1.1, "advantage": 1.0, "weight": 1.0, "ref": -1.2} | {where: NAN}
