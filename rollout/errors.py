@@ -1,6 +1,11 @@
-"""The one exception for what a user can mend."""
+"""What may go wrong from outside."""
 
 
 class InputError(Exception):
     """Bad input from outside (a file, a field, a value, an environment). Its text is one line that names the place, the value and
     the mend; a command prints it to stderr and exits with code 2 (`trainer.cli.run`)."""
+
+
+class EngineError(RuntimeError):
+    """An engine died, hung, refused, or holds weights of an unknown version. One line that names the engine and the call; what it
+    sampled and delivered before stays valid. Where it is lost for good, a command exits with code 3."""

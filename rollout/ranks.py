@@ -6,24 +6,35 @@ a slow rollout and a gradient never wait for each other's collective. One proces
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from rollout.deadline import Board
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """rank in [0, size). group: a gloo group of all ranks, or None where size is 1."""
+    """rank in [0, size). group: a gloo group of all ranks, or None where size is 1. board: where ranks say what they are
+    doing."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    board: Board | None = None
 
     @property
     def first(self) -> bool:
         """Whether this rank holds the run's state and takes its decisions."""
         return self.rank == 0
+
+    def another(self, timeout_seconds: float) -> Ranks:
+        """The same ranks over a group of their own, for a second thread. A collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank; what the others pass is ignored."""
@@ -39,4 +50,12 @@ class Ranks:
             return [value]
         values: list[Any] | None = [None] * self.size if self.first else None
         dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
         return values

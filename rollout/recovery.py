@@ -20,8 +20,8 @@ from rollout.types import Group
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts of prompts over the whole run. Every prompt drawn ends in exactly one of the five below `drawn`, or waits in the
-    recovery buffer: drawn = trained + uniform + recovered + expired + failed + pending."""
+    """Counts of prompts over the whole run. Every prompt drawn ends in exactly one of the six below `drawn`, or waits in the
+    recovery buffer: drawn = trained + uniform + recovered + expired + aborted + failed + pending."""
 
     drawn: int = 0
     trained: int = 0
@@ -32,12 +32,14 @@ class Ledger:
     """Trained on one step after it was drawn."""
     expired: int = 0
     """Legitimate surplus that was never trained on."""
+    aborted: int = 0
+    """Still decoding when enough groups were legitimate (batch.abort_surplus): dropped."""
     failed: int = 0
     """Never became a group: the prompt is too long, or sampling or judging it failed."""
 
     def pending(self) -> int:
         """Prompts that must be in the recovery buffer; 0 when the run has ended."""
-        return self.drawn - self.trained - self.uniform - self.recovered - self.expired - self.failed
+        return self.drawn - self.trained - self.uniform - self.recovered - self.expired - self.aborted - self.failed
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -77,14 +79,16 @@ class BatchCollector:
     def complete(self) -> bool:
         return self.rounds > 0 and self.collected >= self.needed
 
-    def add_round(self, groups: Sequence[Group], drawn: int) -> None:
-        """One round's groups, in the order their prompts were drawn. drawn: how many prompts; what is missing has failed."""
+    def add_round(self, groups: Sequence[Group], drawn: int, aborted: int = 0) -> None:
+        """One round's groups, in the order their prompts were drawn. drawn: how many prompts; aborted: how many of them were
+        dropped while they decoded; what else is missing has failed."""
         self.rounds += 1
         self.sampled.extend(groups)
         kept = [group for group in groups if not self.dynamic or legitimate(group)]
         self._batch.extend(kept)
         self.ledger.drawn += drawn
-        self.ledger.failed += drawn - len(groups)
+        self.ledger.aborted += aborted
+        self.ledger.failed += drawn - len(groups) - aborted
         self.ledger.uniform += len(groups) - len(kept)
 
     def finish(self, *, recover: bool, capacity: int | None = None) -> tuple[list[Group], list[Group]]:

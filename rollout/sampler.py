@@ -1,30 +1,38 @@
 """Fills a step's batch: prompts from rank 0, outputs from every rank's engine, verdicts beside them, decisions on rank 0.
 
-Rank 0 holds the prompt source, the recovery buffer and the ledger. In a round it draws prompts; the requests are dealt over the
-ranks one output at a time, so that no rank waits for another's long question; each rank judges what it sampled.
+Rank 0 holds the prompt source, the recovery buffer and the ledger. The requests of a round are dealt over the ranks one output
+at a time, so that no rank waits for another's long question; each rank judges what it sampled. All ranks go in ticks:
+
+    rank 0 decides (rollout.flight) → orders to all → each rank decodes and judges for a moment → what is judged goes to rank 0
+
+so that verdicts are given, and with `EarlyScoring` log-probabilities recomputed, while the stragglers of a batch still decode,
+and a round that is certain to be needed begins before the one before it has ended. None of this changes what is decided: the
+rounds, their prompts and the order of the batch are those of Algorithm 1 taken one after the other.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from rollout.engine import Decoding, Engine, Request
+from rollout.engine import Decoding, Engine, EngineError, Request
 from rollout.errors import InputError
+from rollout.flight import Flight
+from rollout.lane import Job, Judge, Judged, Lane
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
 from rollout.recovery import BatchCollector, Ledger
-from rollout.types import Group, Prompt, Sample, Verdict
+from rollout.types import Group, Prompt
 
-
-class Judge(Protocol):
-    """`rollout.reward.pipeline.Reward` is one."""
-
-    def judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]: ...
+TICK_SECONDS = 0.2
+"""The longest that finished outputs wait for the next decision."""
+RECOVERIES = 3
+"""Times that lost engines are started anew in one step before the run is given up."""
 
 
 class SamplingStalled(InputError):
@@ -45,6 +53,8 @@ class Draw:
     recover: bool
     capacity: int | None
     decoding: Decoding
+    abort_surplus: bool = False
+    """Stop decoding as soon as N groups are legitimate: see `trainer.config.BatchConfig`."""
 
 
 @dataclass(slots=True)
@@ -55,7 +65,11 @@ class Collected:
     sampled: list[Group]
     rounds: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time on this rank: "sample", "reward"."""
+    """On this rank. "sample": wall time but for the next two; "reward": waiting for verdicts with nothing left to decode;
+    "score_early": early scoring; "reward_hidden": judging while something decoded, which took no time of its own."""
+    early: tuple[bool, ...] = ()
+    """Which groups of the batch were handed to `score` on the way, in that order; empty where none was."""
+    engine_restarts: int = 0
 
 
 @dataclass(slots=True)
@@ -66,45 +80,108 @@ class SamplerState:
     buffer: list[Group] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class EarlyScoring:
+    """score: a collective, called on every rank with the same groups. tokens: as many must be certain of a place before it is."""
+
+    score: Callable[[Sequence[Group]], object]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """From rank 0 to all ranks, each tick; in this order: lost, ended, prompts, score."""
+
+    lost: tuple[str | None, ...] = ()
+    """What befell each rank's engine, where any is lost."""
+    ended: bool = False
+    failed: str = ""
+    stalled: str = ""
+    prompts: tuple[tuple[int, Prompt, np.ndarray], ...] = ()
+    """A round's (place, prompt, token ids), without those that are too long."""
+    round: int = 0
+    score: tuple[Group, ...] = ()
+
+
+@dataclass(slots=True)
+class _Flying:
+    """What the ticks of one step or evaluation share; the fields from `flight` on are rank 0's."""
+
+    decoding: Decoding
+    group_size: int
+    seed: Callable[[int], tuple[int, ...]]
+    """Of a round, for engines that draw a whole batch from one generator."""
+    phase: str
+    early: EarlyScoring | None
+    abort: bool
+    longest: int | None
+    restarts_left: int
+    flight: Flight | None
+    draw: Callable[[Flight], Sequence[Prompt]]
+    """The prompts to draw now, given what is in flight; none where no more are needed, or may be drawn."""
+    why_stalled: Callable[[Flight], str]
+    note: Callable[[Flight], str]
+    errors: Sequence[str | None] = ()
+    scored: list[int] = field(default_factory=list)
+    restarts: int = 0
+
+
 Encode = Callable[[Prompt], list[int]]
+Recover = Callable[[Sequence[str | None]], None]
+"""A collective: makes lost engines usable again, with the weights they had (`rollout.weights.sync.WeightSync.recover`). Given
+what befell each rank's. Raises EngineError, on every rank, where that fails."""
 
 
 class Sampler:
-    """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`."""
+    """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`. recover: None where a lost
+    engine ends the step."""
 
-    def __init__(self, engine: Engine, judge: Judge, encode: Encode, ranks: Ranks, phase: Callable[..., Any], seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Judge,
+        encode: Encode,
+        ranks: Ranks,
+        phase: Callable[..., Any],
+        seed: int,
+        recover: Recover | None = None,
+    ) -> None:
         self._engine = engine
         self._judge = judge
         self._encode = encode
         self._ranks = ranks
         self._phase = phase
         self._seed = seed
+        self._recover = recover
+        self._restarts = 0 if recover is None else RECOVERIES
         self.state = SamplerState()
 
-    def collect(self, draw: Draw, source: PromptSource | None) -> Collected:
-        """Algorithm 1's loop for one step. Raises SamplingStalled, on every rank, where max_rounds rounds find no N groups."""
-        state, ranks = self.state, self._ranks
-        collector = BatchCollector(draw.step, draw.groups, draw.dynamic, self._recovered(draw), state.ledger)
-        seconds = {"sample": 0.0, "reward": 0.0}
-        complete = False
-        while not complete:
-            prompts = ranks.broadcast(self._draw_prompts(draw, collector, source) if ranks.first else None)
-            groups = self.sample_groups(
-                prompts, draw.group_size, draw.decoding, seed=(draw.step, collector.rounds), seconds=seconds,
-                step=draw.step, max_prompt_tokens=draw.max_prompt_tokens,
-                note=f"{collector.collected}/{draw.groups}",
-            )  # fmt: skip
-            if ranks.first:
-                collector.add_round(groups, drawn=len(prompts))
-            else:
-                collector.rounds += 1
-            complete, why_stalled = ranks.broadcast((collector.complete, self._why_stalled(collector, draw)))
-            if why_stalled:
-                raise SamplingStalled(why_stalled)
-        if not ranks.first:
-            return Collected(ranks.broadcast(None), [], collector.rounds, seconds)
+    def collect(self, draw: Draw, source: PromptSource | None, early: EarlyScoring | None = None) -> Collected:
+        """Algorithm 1's loop for one step. Raises, on every rank: SamplingStalled where max_rounds rounds find no N groups;
+        EngineError where an engine is lost for good, and then the ledger and the cursor are somewhere within the step."""
+        state = self.state
+        recovered = self._recovered(draw)
+        collector = BatchCollector(draw.step, draw.groups, draw.dynamic, recovered, state.ledger)
+        flight = Flight(draw.step, draw.group_size, draw.groups, draw.dynamic, len(recovered))
+        flying = _Flying(
+            decoding=draw.decoding, group_size=draw.group_size, seed=lambda number: (draw.step, number), phase="sampling",
+            early=early, abort=draw.abort_surplus, longest=draw.max_prompt_tokens, restarts_left=self._restarts,
+            flight=flight if self._ranks.first else None,
+            draw=lambda flight: self._draw_prompts(draw, flight, source),
+            why_stalled=lambda flight: why_stalled(draw, flight),
+            note=lambda flight: f"{flight.finished()}/{draw.groups}",
+        )  # fmt: skip
+        seconds, rounds = self._fly(flying)
+        if not self._ranks.first:
+            batch, marks = self._ranks.broadcast(None)
+            return Collected(batch, [], rounds, seconds, marks, flying.restarts)
+        for each in flight.outcome():
+            collector.add_round(each.groups, each.drawn, each.aborted)
         batch, state.buffer = collector.finish(recover=draw.recover, capacity=draw.capacity)
-        return Collected(ranks.broadcast(batch), collector.sampled, collector.rounds, seconds)
+        scored = {id(flight.group(place)) for place in flying.scored}
+        marks = tuple(id(group) in scored for group in batch) if scored else ()
+        self._ranks.broadcast((batch, marks))
+        return Collected(batch, collector.sampled, rounds, seconds, marks, flying.restarts)
 
     def sample_groups(
         self,
@@ -113,52 +190,114 @@ class Sampler:
         decoding: Decoding,
         *,
         seed: tuple[int, ...],
-        seconds: dict[str, float],
         step: int = 0,
-        max_prompt_tokens: int | None = None,
         phase: str = "sampling",
         note: str = "",
     ) -> list[Group]:
-        """G outputs of each prompt under the current weights, with verdicts; on rank 0 the groups, elsewhere an empty list.
+        """G outputs of each prompt under the current weights, with verdicts, outside the ledger; on rank 0 the groups, elsewhere
+        an empty list. Raises EngineError, on every rank, where an engine is lost for good."""
+        if not prompts:
+            return []
+        flight = Flight(step, group_size, needed=0, dynamic=False)
+        flying = _Flying(
+            decoding=decoding, group_size=group_size, seed=lambda _: seed, phase=phase, early=None, abort=False, longest=None,
+            restarts_left=self._restarts, flight=flight if self._ranks.first else None,
+            draw=lambda flight: () if flight.rounds else prompts, why_stalled=lambda _: "", note=lambda _: note,
+        )  # fmt: skip
+        self._fly(flying)
+        return flight.outcome()[0].groups if self._ranks.first else []
 
-        A prompt of more than `max_prompt_tokens` tokens gives no group. Wall time is added to seconds["sample"] and ["reward"].
-        """
-        encoded = [np.asarray(self._encode(prompt), dtype=np.int32) for prompt in prompts]
-        fits = [index for index, ids in enumerate(encoded) if max_prompt_tokens is None or len(ids) <= max_prompt_tokens]
-        jobs = [index for index in fits for _ in range(group_size)][self._ranks.rank :: self._ranks.size]
-        requests = [Request(encoded[index]) for index in jobs]
-        decoding = replace(decoding, seed=self._derive_seed(*seed))
+    # the ticks
+
+    def _fly(self, flying: _Flying) -> tuple[dict[str, float], int]:
+        """Until rank 0 has what it needs. Returns (seconds, rounds) of this rank."""
+        seconds = {"score_early": 0.0}
         start = time.perf_counter()
-        with self._phase(phase, len(requests), "outputs") as bar:
-            samples = self._engine.generate(requests, decoding, lambda n, tokens: bar.advance(n, tokens=tokens, groups=note))
-        sampled = time.perf_counter()
-        verdicts = self._judge.judge([(prompts[index], sample) for index, sample in zip(jobs, samples, strict=True)])
-        seconds["sample"] += sampled - start
-        seconds["reward"] += time.perf_counter() - sampled
-        parts = self._ranks.gather(list(zip(samples, verdicts, strict=True)))
-        return [] if parts is None else self._assemble(prompts, encoded, fits, group_size, parts, step)
+        rounds = 0
+        with ExitStack() as phases, Lane(self._engine, self._judge, lambda n, tokens: self._advance(n, tokens)) as lane:
+            self._facts = {}
+            while True:
+                first = flying.flight is not None
+                orders = self._ranks.broadcast(decide(flying, self._engine.streams, self._ids) if first else None)
+                if orders.failed or orders.stalled:
+                    self._quietly(lane.abort)
+                    raise EngineError(orders.failed) if orders.failed else SamplingStalled(orders.stalled)
+                error = self._start_anew(lane, flying, orders.lost) if orders.lost else None
+                if orders.ended:
+                    self._quietly(lane.abort)
+                    break
+                rounds = max(rounds, orders.round + 1)
+                if orders.prompts:
+                    error = self._begin_round(lane, flying, orders, phases) or error
+                if orders.score:
+                    before = time.perf_counter()
+                    flying.early.score(orders.score)
+                    seconds["score_early"] += time.perf_counter() - before
+                self._tick(lane, flying, error)
+        whole = time.perf_counter() - start
+        seconds |= {"reward": lane.waited, "reward_hidden": max(0.0, lane.judging - lane.waited)}
+        return seconds | {"sample": whole - lane.waited - seconds["score_early"]}, rounds
+
+    def _begin_round(self, lane: Lane, flying: _Flying, orders: Orders, phases: ExitStack) -> str | None:
+        """This rank's share of a round goes to its engine. Returns what went wrong."""
+        jobs = self._share(flying, orders)
+        phases.close()
+        total = len(lane.unsampled()) + len(jobs)
+        self._bar = phases.enter_context(self._phase(flying.phase, total, "outputs"))
+        seed = self._derive_seed(self._ranks.rank, *flying.seed(orders.round))
+        return self._quietly(lambda: lane.add(jobs, replace(flying.decoding, seed=seed)))
+
+    def _share(self, flying: _Flying, orders: Orders) -> list[Job]:
+        """Output k of all of a round goes to rank k modulo the number of ranks, on which its seed does not depend."""
+        jobs = [
+            Job(place, output, prompt, Request(ids, self._derive_seed(*flying.seed(orders.round), place, output, 1)))
+            for place, prompt, ids in orders.prompts
+            for output in range(flying.group_size)
+        ]
+        return jobs[self._ranks.rank :: self._ranks.size]
+
+    def _tick(self, lane: Lane, flying: _Flying, error: str | None) -> None:
+        judged: list[Judged] = []
+        if error is None:
+            try:
+                judged = lane.poll(TICK_SECONDS)
+            except EngineError as lost:
+                error = str(lost)
+        parts = self._ranks.gather((judged, error))
+        if flying.flight is not None:
+            for part, _ in parts:
+                flying.flight.take(part)
+            flying.errors = tuple(each for _, each in parts)
+            self._facts["groups"] = flying.note(flying.flight)
+
+    def _start_anew(self, lane: Lane, flying: _Flying, lost: Sequence[str | None]) -> str | None:
+        """All engines take their weights again; what was not sampled is asked for again."""
+        jobs = lane.unsampled()
+        self._quietly(lane.abort)
+        flying.restarts += 1
+        assert self._recover is not None
+        self._recover(lost)
+        seed = self._derive_seed(self._ranks.rank, *flying.seed(0), flying.restarts, 2)
+        return self._quietly(lambda: lane.add(jobs, replace(flying.decoding, seed=seed)))
 
     @staticmethod
-    def _assemble(
-        prompts: Sequence[Prompt],
-        encoded: Sequence[np.ndarray],
-        fits: Sequence[int],
-        group_size: int,
-        parts: Sequence[Sequence[tuple[Sample, Verdict]]],
-        step: int,
-    ) -> list[Group]:
-        """Undoes the dealing: output k of all went to rank k modulo the number of ranks."""
-        outputs = [parts[k % len(parts)][k // len(parts)] for k in range(len(fits) * group_size)]
-        return [
-            Group(
-                prompt=prompts[index],
-                prompt_token_ids=encoded[index],
-                samples=tuple(sample for sample, _ in outputs[place * group_size : (place + 1) * group_size]),
-                verdicts=tuple(verdict for _, verdict in outputs[place * group_size : (place + 1) * group_size]),
-                drawn_step=step,
-            )
-            for place, index in enumerate(fits)
-        ]
+    def _quietly(action: Callable[[], None]) -> str | None:
+        """An engine's error as text: every rank must come to the next gather."""
+        try:
+            action()
+        except EngineError as error:
+            return str(error)
+        return None
+
+    def _advance(self, outputs: int, tokens: int) -> None:
+        self._bar.advance(outputs, tokens=tokens, **self._facts)
+
+    def _draw_prompts(self, draw: Draw, flight: Flight, source: PromptSource) -> Sequence[Prompt]:
+        """Algorithm 1 draws a whole round; without dynamic sampling, just what is missing. At least one round is drawn."""
+        missing = draw.groups - flight.possible()
+        if flight.rounds and (missing <= 0 or flight.rounds >= draw.max_rounds):
+            return ()
+        return source.draw(draw.prompts_per_round if draw.dynamic else min(draw.prompts_per_round, missing))
 
     def _recovered(self, draw: Draw) -> list[Group]:
         """The buffer. What this stage cannot use (no recovery, another G, tighter token limits than before) expires."""
@@ -167,27 +306,62 @@ class Sampler:
         self.state.buffer = []
         return usable
 
-    def _draw_prompts(self, draw: Draw, collector: BatchCollector, source: PromptSource) -> list[Prompt]:
-        """Algorithm 1 draws a whole round; without dynamic sampling, just what is missing."""
-        wanted = draw.prompts_per_round if draw.dynamic else min(draw.prompts_per_round, draw.groups - collector.collected)
-        return source.draw(wanted)
+    def _ids(self, prompt: Prompt) -> np.ndarray:
+        return np.asarray(self._encode(prompt), dtype=np.int32)
 
     def _derive_seed(self, *parts: int) -> int:
-        """A seed for this rank's engine from the run's seed and where in the run it is: nothing to save, nothing to drift."""
-        entropy = np.random.SeedSequence([self._seed, self._ranks.rank, *parts])
-        return int(entropy.generate_state(1, np.uint64)[0] >> 1)
+        """From the run's seed and where in the run it is: nothing to save, nothing to drift."""
+        return int(np.random.SeedSequence([self._seed, *parts]).generate_state(1, np.uint64)[0] >> 1)
 
-    def _why_stalled(self, collector: BatchCollector, draw: Draw) -> str:
-        """Empty while the step may go on."""
-        if collector.complete or collector.rounds < draw.max_rounds:
-            return ""
-        easy = sum(group.right == len(group.verdicts) for group in collector.sampled)
-        hard = sum(group.right == 0 for group in collector.sampled)
-        return (
-            f"step {draw.step + 1}: {collector.collected} of {draw.groups} groups after {collector.rounds} rounds "
-            f"({len(collector.sampled)} groups sampled: {easy} all right, {hard} all wrong); "
-            "raise batch.max_rounds, or change the prompts: too easy or too hard for this policy"
-        )
+
+def decide(flying: _Flying, streams: bool, encode: Callable[[Prompt], np.ndarray]) -> Orders:
+    """Rank 0's next orders. streams: whether the engines take more requests while they decode."""
+    flight = flying.flight
+    if any(flying.errors):
+        lost, flying.errors = tuple(flying.errors), ()
+        if not flying.restarts_left:
+            again = f", after {flying.restarts} restarts in one step" if flying.restarts else ""
+            return Orders(failed="; ".join(each for each in lost if each) + again)
+        flying.restarts_left -= 1
+        return Orders(lost=lost)
+    enough = bool(flight.rounds) and flight.finished() >= flight.needed
+    if enough and (flight.landed or flying.abort):
+        return Orders(ended=True)
+    prompts = tuple(flying.draw(flight)) if streams or flight.landed else ()
+    if not prompts and flight.landed:
+        return Orders(stalled=flying.why_stalled(flight))
+    orders = Orders(score=_certain(flying))
+    if not prompts:
+        return orders
+    encoded = [encode(prompt) for prompt in prompts]
+    places = flight.draw(prompts, encoded, flying.longest)
+    fitting = [each for each in zip(places, prompts, encoded, strict=True) if not flight.drawn[each[0]].failed]
+    return replace(orders, prompts=tuple(fitting), round=flight.rounds - 1)
+
+
+def _certain(flying: _Flying) -> tuple[Group, ...]:
+    """Groups to be scored now: certain of their place, not scored yet, and enough of them."""
+    if flying.early is None:
+        return ()
+    done = set(flying.scored)
+    places = [place for place in flying.flight.certain() if place not in done]
+    groups = tuple(flying.flight.group(place) for place in places)
+    tokens = sum(len(group.prompt_token_ids) + len(sample.token_ids) for group in groups for sample in group.samples)
+    if tokens < flying.early.tokens:
+        return ()
+    flying.scored += places
+    return groups
+
+
+def why_stalled(draw: Draw, flight: Flight) -> str:
+    sampled = [group for each in flight.outcome() for group in each.groups]
+    easy = sum(group.right == len(group.verdicts) for group in sampled)
+    hard = sum(group.right == 0 for group in sampled)
+    return (
+        f"step {draw.step + 1}: {flight.finished()} of {draw.groups} groups after {flight.rounds} rounds "
+        f"({len(sampled)} groups sampled: {easy} all right, {hard} all wrong); "
+        "raise batch.max_rounds, or change the prompts: too easy or too hard for this policy"
+    )
 
 
 def _fits(group: Group, draw: Draw) -> bool:

@@ -7,7 +7,7 @@ token was drawn from them, so it keeps one step alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rollout.decode_attention import NAME as DECODE_ATTENTION
-from rollout.engine import Decoding, Progress, Request
+from rollout.engine import Decoding, EngineError, Progress, Request, drain
 from rollout.types import Sample
+from rollout.weights.source import WeightSource
 
 
 class TransformersEngine:
@@ -26,6 +27,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    streams = False
 
     def __init__(self, model: nn.Module, *, end_token_ids: Sequence[int], tokens_per_batch: int) -> None:
         model.set_attn_implementation(DECODE_ATTENTION)
@@ -38,12 +40,20 @@ class TransformersEngine:
         self._version: int | None = None
         self._device = next(model.parameters()).device
 
-    def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    def ready(self) -> None:
+        """It always is."""
+
+    @torch.no_grad()
+    def load(self, version: int, source: WeightSource) -> None:
         """See `rollout.engine.Engine.load`."""
         self._version = None
         expected = dict(self._model.named_parameters())
         problem = ""
-        for name, weight in weights:
+        for name, weight in source:
             target = expected.pop(name, None)
             if target is None:
                 problem = problem or f"weight {name!r} is not one of the engine's or came twice"
@@ -55,10 +65,18 @@ class TransformersEngine:
             raise ValueError(problem or f"weights {sorted(expected)[:3]} ({len(expected)} in all) did not come")
         self._version = version
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
-        """See `rollout.engine.Engine.generate`. Leaves torch's global random state as it was."""
+    def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> BatchGeneration:
+        """See `rollout.engine.Engine.submit`. Nothing is sampled before the first `poll`."""
         if self._version is None:
-            raise RuntimeError("the engine has no complete weights: load() comes before generate()")
+            raise EngineError("the embedded engine has no complete weights: a push must come first")
+        return BatchGeneration(self, requests, decoding, progress)
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
+        """All at once, in order."""
+        return drain(self.submit(requests, decoding, progress), len(requests))
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None) -> list[Sample]:
+        """Samples all requests, in order. Leaves torch's global random state as it was."""
         samples: list[Sample | None] = [None] * len(requests)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -70,6 +88,13 @@ class TransformersEngine:
                 if progress is not None:
                     progress(len(batch), sum(len(sample.token_ids) for sample in batch))
         return samples
+
+    def sleep(self) -> None:
+        """It keeps its copy of the model: meant for small ones."""
+
+    def restart(self) -> None:
+        """There is no process to start."""
+        self._version = None
 
     def close(self) -> None:
         """Gives the model back."""
@@ -117,6 +142,29 @@ class TransformersEngine:
         ends = np.flatnonzero(np.isin(tokens, self._end_token_ids))
         count = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Sample(tokens[:count].copy(), logprobs[:count].copy(), "stop" if len(ends) else "length", self._version)
+
+
+class BatchGeneration:
+    """`rollout.engine.Generation`: the first `poll` samples everything."""
+
+    def __init__(
+        self, engine: TransformersEngine, requests: Sequence[Request], decoding: Decoding, progress: Progress | None
+    ) -> None:
+        self._engine, self._requests, self._decoding, self._progress = engine, requests, decoding, progress
+
+    @property
+    def done(self) -> bool:
+        return not self._requests
+
+    def add(self, requests: Sequence[Request]) -> None:
+        raise NotImplementedError("the embedded engine samples a batch at once; submit another")
+
+    def poll(self, seconds: float) -> list[tuple[int, Sample]]:  # noqa: ARG002 - it samples until it is done
+        requests, self._requests = self._requests, ()
+        return list(enumerate(self._engine.sample(requests, self._decoding, self._progress)))
+
+    def abort(self) -> None:
+        self._requests = ()
 
 
 class _SampledLogprobs(LogitsProcessor):

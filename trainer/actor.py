@@ -19,6 +19,7 @@ from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.linear_policy_loss import PolicyLoss, PolicyLossInputs, linear_policy_loss
 from trainer.batch import MicroBatch, MiniBatch, micro_batches
 from trainer.config import ActorConfig, ObjectiveConfig, StageConfig
+from trainer.mismatch import Mismatch, MismatchSums, tis_weights
 from trainer.policy import Policy
 
 Advance = Callable[..., None]
@@ -35,10 +36,12 @@ class ScoredMiniBatch:
     micro: list[MicroBatch]
     mean_entropy: float
     """Nats per response token, over all ranks, under the weights that scored it."""
-    mismatch_sum: float
-    """Sum of |sampled - recomputed log-probability| over all ranks' tokens of fresh responses."""
-    mismatch_max: float
-    """The largest of them."""
+    mismatch: Mismatch
+    """Between the sampler's log-probabilities and these."""
+    tis_weight: float
+    """Mean truncated importance weight of all ranks' response tokens, recovered ones too; without TIS no cap."""
+    tis_capped: float
+    """Share of them at the cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Actor:
     ) -> None:
         self.policy = policy
         self._reference = reference
-        self._rank, self._ranks, self._device = rank, ranks, device
+        self._rank, self._ranks, self.device = rank, ranks, device
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, betas=config.betas, eps=1e-8, weight_decay=config.weight_decay, foreach=False
         )
@@ -80,10 +83,22 @@ class Actor:
 
     @torch.no_grad()
     def score(
-        self, batches: Sequence[MiniBatch], stage: StageConfig, advance: Advance = lambda *_: None
+        self,
+        batches: Sequence[MiniBatch],
+        stage: StageConfig,
+        advance: Advance = lambda *_: None,
+        token_bound: float = math.inf,
     ) -> list[ScoredMiniBatch]:
-        """Old log-probabilities (and the reference's, if there is a KL term) of every mini-batch under the weights of now."""
-        return [self._score_one(batch, stage, advance) for batch in batches]
+        """Old log-probabilities (and the reference's, if there is a KL term) of every mini-batch under the weights of now.
+
+        token_bound: nats, above which a token's difference from its sampled log-probability counts as `Mismatch.beyond`.
+        """
+        scored = []
+        for batch in batches:
+            scoring = Scoring(self, stage, token_bound)
+            scoring.add(batch, advance)
+            scored.append(scoring.finish(batch))
+        return scored
 
     def update(self, batch: ScoredMiniBatch, stage: StageConfig, advance: Advance = lambda *_: None) -> UpdateResult:
         """One optimizer step on a mini-batch.
@@ -122,38 +137,21 @@ class Actor:
 
         Returns (loss, gradient norm), over all ranks.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in self._pack(batch, config):
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro in self.pack(batch, config):
             logprob_R, _ = self.policy(micro, lambda hidden, weight, m=micro: linear_logprob_entropy(hidden, weight, m.labels_R))
             loss = -(logprob_R * micro.weight_R).sum()
             (loss * self._ranks).backward()
             total += loss.detach()
         grad_norm, _, _ = self._step(config)
-        return self._all_reduce(total, dist.ReduceOp.SUM).item(), grad_norm
+        return self.all_reduce(total, dist.ReduceOp.SUM).item(), grad_norm
 
-    def _pack(self, batch: MiniBatch, config: ActorConfig) -> list[MicroBatch]:
+    def pack(self, batch: MiniBatch, config: ActorConfig) -> list[MicroBatch]:
+        """This rank's micro-batches."""
         return micro_batches(
             batch, rank=self._rank, ranks=self._ranks, budget=config.tokens_per_micro_batch,
-            at_least=config.micro_batches or 1, device=self._device,
+            at_least=config.micro_batches or 1, device=self.device,
         )  # fmt: skip
-
-    def _score_one(self, batch: MiniBatch, stage: StageConfig, advance: Advance) -> ScoredMiniBatch:
-        temperature = stage.sampling.temperature
-        micro = self._pack(batch, stage.actor)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        largest = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part in micro:
-            score = lambda hidden, weight, m=part: linear_logprob_entropy(hidden, weight, m.labels_R, temperature)  # noqa: E731
-            part.old_logprob_R, entropy_R = self.policy(part, score)
-            if stage.objective.kl_coefficient > 0:
-                part.ref_logprob_R, _ = self._reference(part, score)
-            gap_R = torch.where(part.fresh_R, part.old_logprob_R - part.sampled_logprob_R, 0).abs()
-            sums += torch.stack([entropy_R.double().sum(), gap_R.double().sum()])
-            largest = torch.maximum(largest, gap_R.double().max()) if gap_R.numel() else largest
-            advance(len(part.indices))
-        entropy_sum, mismatch_sum = self._all_reduce(sums, dist.ReduceOp.SUM).tolist()
-        mismatch_max = self._all_reduce(largest, dist.ReduceOp.MAX).item()
-        return ScoredMiniBatch(batch, micro, entropy_sum / batch.response_tokens, mismatch_sum, mismatch_max)
 
     def _gradient_pass(self, batch: ScoredMiniBatch, stage: StageConfig, sign: float, advance: Advance) -> dict[str, float]:
         """Forward and backward of every micro-batch; gradients are left summed over ranks.
@@ -170,14 +168,22 @@ class Actor:
             advance(len(micro.indices))
         return self._reduce(results)
 
+    def score_micro(self, micro: MicroBatch, stage: StageConfig) -> Tensor:
+        """Fills the old log-probabilities (and the reference's); returns the entropies [R]."""
+        score = lambda hidden, weight: linear_logprob_entropy(hidden, weight, micro.labels_R, stage.sampling.temperature)  # noqa: E731
+        micro.old_logprob_R, entropy_R = self.policy(micro, score)
+        if stage.objective.kl_coefficient > 0:
+            micro.ref_logprob_R, _ = self._reference(micro, score)
+        return entropy_R
+
     def _reduce(self, results: Sequence[PolicyLoss]) -> dict[str, float]:
         local = torch.stack([torch.stack([getattr(result, name).double() for name in SUMS]) for result in results]).sum(0)
-        sums = dict(zip(SUMS, self._all_reduce(local, dist.ReduceOp.SUM).tolist(), strict=True))
+        sums = dict(zip(SUMS, self.all_reduce(local, dist.ReduceOp.SUM).tolist(), strict=True))
         extremes = torch.stack([
             torch.stack([result.ratio_max for result in results]).max(),
             -torch.stack([result.ratio_min for result in results]).min(),
         ]).double()  # fmt: skip
-        sums["ratio_max"], negative_min = self._all_reduce(extremes, dist.ReduceOp.MAX).tolist()
+        sums["ratio_max"], negative_min = self.all_reduce(extremes, dist.ReduceOp.MAX).tolist()
         sums["ratio_min"] = -negative_min
         return sums
 
@@ -198,10 +204,45 @@ class Actor:
         self.optimizer.zero_grad()
         return grad_norm, lr, skipped
 
-    def _all_reduce(self, value: Tensor, operation: dist.ReduceOp) -> Tensor:
+    def all_reduce(self, value: Tensor, operation: dist.ReduceOp) -> Tensor:
+        """In place, over all ranks."""
         if self._ranks > 1:
             dist.all_reduce(value, op=operation)
         return value
+
+
+class Scoring:
+    """One mini-batch, scored in as many parts as come: what is known to be in it can be scored while the rest is still sampled.
+
+    Every part is a MiniBatch whose token weights are those of the whole. All methods are collectives; none keeps a graph.
+    """
+
+    def __init__(self, actor: Actor, stage: StageConfig, token_bound: float = math.inf) -> None:
+        self._actor, self._stage = actor, stage
+        self._micro: list[MicroBatch] = []
+        self._sums_3 = torch.zeros(3, dtype=torch.float64, device=actor.device)
+        self._mismatch = MismatchSums(token_bound, actor.device)
+
+    @torch.no_grad()
+    def add(self, part: MiniBatch, advance: Advance = lambda *_: None) -> None:
+        """Scores these sequences."""
+        cap = self._stage.objective.tis_cap or math.inf
+        for micro in self._actor.pack(part, self._stage.actor):
+            entropy_R = self._actor.score_micro(micro, self._stage)
+            self._mismatch.add(micro.old_logprob_R, micro.sampled_logprob_R, micro.fresh_R)
+            tis_R = tis_weights(micro.old_logprob_R, micro.sampled_logprob_R, cap)
+            self._sums_3 += torch.stack([values_R.double().sum() for values_R in (entropy_R, tis_R, tis_R >= cap)])
+            self._micro.append(micro)
+            advance(len(micro.indices))
+
+    def finish(self, whole: MiniBatch) -> ScoredMiniBatch:
+        """whole: all sequences that were added, in any order. Called once."""
+        means = self._actor.all_reduce(self._sums_3, dist.ReduceOp.SUM) / whole.response_tokens
+        self._actor.all_reduce(self._mismatch.sums, dist.ReduceOp.SUM)
+        self._actor.all_reduce(self._mismatch.largest, dist.ReduceOp.MAX)
+        mean_entropy, tis_weight, tis_capped = means.tolist()
+        mismatch = self._mismatch.result(whole.fresh_tokens)
+        return ScoredMiniBatch(whole, self._micro, mean_entropy, mismatch, tis_weight, tis_capped)
 
 
 def entropy_sign(mean_entropy: float, objective: ObjectiveConfig) -> float:
@@ -224,11 +265,14 @@ def learning_rate(config: ActorConfig, updates: int) -> float:
 
 
 def loss_inputs(micro: MicroBatch, stage: StageConfig, entropy_weight: float) -> PolicyLossInputs:
-    """A scored micro-batch as the loss head takes it."""
+    """A scored micro-batch as the loss head takes it; with TIS, each advantage times its token's importance weight."""
+    advantage_R = micro.advantage_R
+    if stage.objective.tis_cap is not None:
+        advantage_R = advantage_R * tis_weights(micro.old_logprob_R, micro.sampled_logprob_R, stage.objective.tis_cap)
     return PolicyLossInputs(
         labels_T=micro.labels_R,
         old_logprob_T=micro.old_logprob_R,
-        advantage_T=micro.advantage_R,
+        advantage_T=advantage_R,
         weight_T=micro.weight_R,
         clip_low=stage.objective.clip_low,
         clip_high=stage.objective.clip_high,

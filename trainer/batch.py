@@ -85,18 +85,19 @@ def mini_batches(groups: Sequence[Group], stage: StageConfig, step: int) -> list
     if not groups or len(groups) % stage.batch.mini_batches:
         raise ValueError(f"groups: {len(groups)} cannot be cut into batch.mini_batches {stage.batch.mini_batches} equal parts")
     size = len(groups) // stage.batch.mini_batches
-    return [_mini_batch(groups[start : start + size], stage, step) for start in range(0, len(groups), size)]
+    return [mini_batch(groups[start : start + size], stage, step) for start in range(0, len(groups), size)]
 
 
-def _mini_batch(groups: Sequence[Group], stage: StageConfig, step: int) -> MiniBatch:
-    responses = sum(len(group.samples) for group in groups)
+def mini_batch(groups: Sequence[Group], stage: StageConfig, step: int, responses: int | None = None) -> MiniBatch:
+    """One mini-batch of step `step`, or with `responses`, the number of responses in the whole, a part of one."""
+    responses = responses or sum(len(group.samples) for group in groups)
     divisor = stage.objective.divisor or responses * stage.response_limit
     sequences = []
     for group in groups:
         for sample, advantage in zip(group.samples, advantages(group.rewards, stage.objective), strict=True):
             per_token = stage.objective.loss_aggregation == "token_sum"
             weight = 1 / divisor if per_token else 1 / (responses * len(sample.token_ids))
-            fresh = group.drawn_step == step
+            fresh = sample.weight_version == step  # the version that scores it
             sequences.append(TokenSequence(group.prompt_token_ids, sample.token_ids, sample.logprobs, advantage, weight, fresh))
     return MiniBatch(tuple(sequences))
 

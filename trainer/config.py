@@ -76,6 +76,10 @@ class BatchConfig(Section):
     """Keep only groups with 0 < right < G and sample until there are N (DAPO)."""
     prompts_per_round: Positive | None = None
     """Questions a sampling round draws; None: N. The paper is silent."""
+    abort_surplus: bool = False
+    """Stop decoding as soon as N groups are legitimate; what still decodes is dropped and counted as aborted. Faster, but no
+    longer Algorithm 1: what is dropped are the longest outputs, so the batch leans to short ones. Needs an engine that
+    streams."""
     max_rounds: Positive = 64
     """A step that has not found N groups after so many rounds ends the run, saying so."""
 
@@ -101,6 +105,9 @@ class ObjectiveConfig(Section):
     entropy_coefficient: float = Field(default=0.001, ge=0)
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy ‖ reference). The paper does not mention one."""
+    tis_cap: float | None = Field(default=None, gt=0)
+    """Truncated importance weights: each token's policy term times min(π_trainer / π_sampler, this), recovered responses too.
+    None: no weights; the paper used none."""
 
 
 class RecoveryConfig(Section):
@@ -157,15 +164,65 @@ class StageConfig(Section):
                 f"actor.tokens_per_micro_batch {self.actor.tokens_per_micro_batch} is smaller than context {self.context}: "
                 "one sequence must fit; raise it"
             )
+        if batch.abort_surplus and not batch.dynamic:
+            raise ValueError("batch.abort_surplus needs batch.dynamic: true (without it a step has no surplus)")
         if self.recovery.enabled and not batch.dynamic:
             raise ValueError("recovery.enabled needs batch.dynamic: true (without it a step has no surplus to recover)")
         return self
 
 
 class EngineConfig(Section):
-    kind: Literal["transformers"] = "transformers"
+    """Who samples. transformers: embedded, any machine. vllm: one vLLM beside each rank, in a process of its own. vllm-server:
+    vLLM servers elsewhere (`python -m rollout.serve`)."""
+
+    kind: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     tokens_per_batch: Positive = 65536
-    """Upper bound on sequences × context of one `generate` call on one rank."""
+    """transformers: upper bound on sequences × context of one `generate` call on one rank."""
+    max_sequences: Positive = 256
+    """vllm: sequences decoded at once by one engine."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """vllm: memory of the key-value cache of one engine; None: on a CPU what max_sequences × the longest context needs, on a GPU
+    what gpu_memory_fraction leaves."""
+    gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
+    """vllm on a GPU: share of the memory that the engine may use while it is awake."""
+    threads: Positive = 1
+    """vllm on a CPU: OpenMP threads of one engine. More than one stall each other wherever anything else runs beside."""
+    servers: tuple[str, ...] = ()
+    """vllm-server: base addresses, such as http://127.0.0.1:8000."""
+    api_key_env: str = "KEJU_API_KEY"
+    """vllm-server: environment variable that holds the servers' key; unset or empty: none is sent."""
+    wire: Literal["engine", "float8"] = "engine"
+    """How weights travel. engine: in the engine's compute dtype. float8: matrices as e4m3 with a scale per output channel, half
+    the bytes, and the sampler then differs from the policy by the rounding."""
+    chunk_mib: Positive = 256
+    """Least size of a transfer buffer; it grows to the largest layer."""
+    start_seconds: float = Field(default=600.0, gt=0)
+    """Deadline for an engine to be ready."""
+    silence_seconds: float = Field(default=300.0, gt=0)
+    """An engine at work that says nothing for so long is lost."""
+    sync_seconds: float = Field(default=300.0, gt=0)
+    """Deadline of each wait in a weight push."""
+    probe_bound: float | None = Field(default=None, gt=0)
+    """Largest difference in nats that a push's probe may show between engine and policy; None: 1e-3 where both compute in fp32,
+    else 0.5."""
+
+    score_early: bool | None = None
+    """Recompute the log-probabilities of groups that are certain of their place while the rest of a batch still decodes. None:
+    with vllm-server, where engine and policy do not share a device. With batch.mini_batches 1."""
+    one_step_off: bool = False
+    """Sample step k + 1 while step k trains: every response is then one policy step old when it is trained on, and a recovered
+    one two. Not the paper's algorithm, in which only recovered responses are old; no importance weight corrects it but
+    objective.tis_cap. Needs vllm-server, or vllm on a CPU."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> EngineConfig:
+        if self.one_step_off and self.kind == "transformers":
+            raise ValueError("one_step_off needs an engine that samples beside the trainer: kind vllm-server, or vllm on a CPU")
+        if self.score_early and self.one_step_off:
+            raise ValueError("score_early and one_step_off exclude each other: the weights that score do not exist yet")
+        if self.kind == "vllm-server" and not self.servers:
+            raise ValueError("servers is empty: kind vllm-server needs at least one, such as servers: [http://127.0.0.1:8000]")
+        return self
 
 
 class RepetitionConfig(Section):
@@ -194,6 +251,8 @@ class EvaluationConfig(Section):
     """Sampled responses a question; pass@1 is their mean correctness."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.7, gt=0, le=1)
+    greedy: bool = False
+    """The likeliest token each time, whatever temperature and top_p say; with k: 1."""
     max_new_tokens: Positive | None = None
     """None: the last stage's response limit."""
 
@@ -202,6 +261,16 @@ class CheckpointConfig(Section):
     every: Positive = 10
     """Steps between checkpoints; one is always written after the last step."""
     keep: Positive = 2
+
+
+class MismatchConfig(Section):
+    """Bounds on |log-probability sampled - recomputed|, nats (`trainer.mismatch.bounds_of`). The paper is silent; they are
+    ours."""
+
+    token_bound: float | None = Field(default=None, gt=0)
+    """Tokens above it are counted as beyond; None: 1e-3 where engine and policy compute in fp32, else 0.2."""
+    mean_bound: float | None = Field(default=None, gt=0)
+    """A step whose mean exceeds it raises the alarm; None: 1e-4 where engine and policy compute in fp32, else 0.05."""
 
 
 class ParallelConfig(Section):
@@ -245,6 +314,7 @@ class RunConfig(Section):
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     parallel: ParallelConfig = ParallelConfig()
     warmup: WarmupConfig | None = None
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
@@ -267,6 +337,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
+        if self.engine.kind == "transformers" and any(stage.batch.abort_surplus for stage in self.stages):
+            raise ValueError("batch.abort_surplus needs an engine that streams: set engine.kind to vllm or vllm-server")
         for kind, names in (
             ("stages", [s.name for s in self.stages]),
             ("evaluation.sets", [s.name for s in self.evaluation.sets]),

@@ -33,6 +33,21 @@ def process_group(timeout_seconds: float) -> Iterator[tuple[Ranks, DeviceMesh, t
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **options)
     try:
         objects = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        yield Ranks(rank, size, objects), init_device_mesh(device.type, (size,)), device
+        board = StoreBoard(dist.distributed_c10d._get_default_store(), rank, size) if size > 1 else None
+        yield Ranks(rank, size, objects, board), init_device_mesh(device.type, (size,)), device
     finally:
         dist.destroy_process_group()
+
+
+class StoreBoard:
+    """`rollout.deadline.Board` in the key-value store through which the ranks met."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self.write(f"rank {rank}: start")
+
+    def write(self, text: str) -> None:
+        self._store.set(f"keju/board/{self._rank}", text)
+
+    def read(self) -> list[str]:
+        return [self._store.get(f"keju/board/{rank}").decode() for rank in range(self._size)]

@@ -23,14 +23,13 @@ def evaluate(
     """One eval row a set, in the configuration's order; on ranks other than 0 an empty list. A collective. Prompts are not
     counted in the ledger."""
     settings = config.evaluation
-    decoding = Decoding(config.evaluation_response_limit, settings.temperature, settings.top_p)
+    decoding = Decoding(config.evaluation_response_limit, settings.temperature, settings.top_p, settings.greedy)
     rows = []
     for index, each in enumerate(settings.sets):
         start = time.perf_counter()
         prompts = ranks.broadcast(sets[each.name] if ranks.first else None)
-        seconds = {"sample": 0.0, "reward": 0.0}
         groups = sampler.sample_groups(
-            prompts, settings.k, decoding, seed=(*SEED, index), seconds=seconds, step=step, phase="evaluate", note=each.name
+            prompts, settings.k, decoding, seed=(*SEED, index), step=step, phase="evaluate", note=each.name
         )
         if ranks.first:
             rows.append(

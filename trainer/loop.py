@@ -9,18 +9,24 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
-from rollout.engine import Decoding
+from rollout.engine import Decoding, EngineError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
-from rollout.sampler import Collected, Draw, SamplerState
-from trainer.batch import mini_batches
+from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState
+from rollout.types import Group
+from trainer.actor import ScoredMiniBatch, Scoring
+from trainer.batch import MiniBatch, mini_batch, mini_batches
 from trainer.checkpoint import Checkpoints, RunState
 from trainer.config import RunConfig, StageConfig
 from trainer.config_file import dump_config
 from trainer.evaluation import evaluate
+from trainer.lookahead import Lookahead
 from trainer.metrics import MetricsWriter
+from trainer.mismatch import MismatchWatch, bounds_of
 from trainer.preflight import Inputs, source_key
 from trainer.setup import Parts
 from trainer.step_row import step_row
@@ -33,6 +39,8 @@ class TrainingLoop:
         self.config, self.inputs, self.parts, self.ranks, self.console = config, inputs, parts, ranks, console
         self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint.keep, console.note)
         self.metrics: MetricsWriter | None = None
+        self.watch = MismatchWatch(bounds_of(config, parts.precision), console.note)
+        self.ahead = Lookahead()
         self.checkpoint_seconds = 0.0
         """Of the last checkpoint; it is written after its step's row, so the next row reports it."""
 
@@ -47,7 +55,7 @@ class TrainingLoop:
             if self.due(step, self.config.evaluation.every):
                 self.evaluate(step)
             if self.due(step, self.config.checkpoint.every):
-                self.save(step)
+                self.save(self.state(step))
         if self.metrics is not None:
             self.metrics.close()
 
@@ -55,23 +63,88 @@ class TrainingLoop:
         """One step of the recipe. Returns how many steps are finished now."""
         stage = self.config.stages[self.config.stage_of(step)]
         clock = Clock()
-        collected = self.parts.sampler.collect(self.draw(step, stage), self.source(stage))
+        scoring = self.early_scoring(stage)
+        collected = self.collect(step, stage, scoring)
+        kept = self.state(step)
         clock.lap("sample")
+        if self.config.engine.one_step_off:
+            self.push_weights(step)
+            self.look_ahead(step + 1)
+        else:
+            self.parts.engine.sleep()
+        clock.lap("sync")
         batches = mini_batches(collected.batch, stage, step)
         sequences = sum(len(batch.sequences) for batch in batches) // self.ranks.size
         with self.console.phase("scoring", sequences, "sequences") as bar:
-            scored = self.parts.actor.score(batches, stage, bar.advance)
+            scored = self.score(collected, batches, stage, step, scoring, bar.advance)
+        mismatch = self.watch.check(step + 1, [batch.mismatch for batch in scored])
         clock.lap("score")
         with self.console.phase("update", sequences, "sequences") as bar:
             updates = [self.parts.actor.update(batch, stage, bar.advance) for batch in scored]
         clock.lap("update")
-        self.push_weights(step + 1)
+        lost = None if self.config.engine.one_step_off else self.try_push(step + 1)
         clock.lap("sync")
         if self.ranks.first:
-            state = self.parts.sampler.state
-            row = step_row(collected, scored, updates, state.ledger, len(state.buffer), stage)
-            self.write(step + 1, stage, row | self.clocked(clock, collected, batches))
+            row = step_row(collected, scored, updates, kept.ledger, len(kept.buffer), stage)
+            row |= mismatch | self.parts.sync.measured() | self.clocked(clock, collected, batches)
+            self.write(step + 1, stage, row)
+        if lost is not None:
+            self.stop(self.state(step + 1), lost)
         return step + 1
+
+    # sampling
+
+    def collect(self, step: int, stage: StageConfig, scoring: Scoring | None) -> Collected:
+        """This step's batch. Where the engines are lost for good, the step begins anew when the run is resumed."""
+        if self.ahead.started:
+            try:
+                return self.ahead.take()
+            except EngineError as error:
+                self.console.note(f"step {step + 1}: {error}; sampled anew from the weights of now")
+                self.restore(self.ahead.before)
+                self.push_weights(step)
+        before = self.state(step)
+        early = None
+        if scoring is not None:
+            budget = self.ranks.size * stage.actor.tokens_per_micro_batch
+            early = EarlyScoring(lambda groups: scoring.add(part_of(groups, stage, step)), budget)
+        try:
+            return self.parts.sampler.collect(self.draw(step, stage), self.source(stage), early)
+        except EngineError as error:
+            self.stop(before, error)
+
+    def look_ahead(self, step: int) -> None:
+        """Starts sampling step `step`, unless the run ends before it."""
+        if step < self.config.total_steps:
+            stage = self.config.stages[self.config.stage_of(step)]
+            draw, source, sampler = self.draw(step, stage), self.source(stage), self.parts.sampler
+            self.ahead.start(self.state(step), lambda: sampler.collect(draw, source))
+
+    def early_scoring(self, stage: StageConfig) -> Scoring | None:
+        """What scores groups while others are still sampled, where that is wanted and possible."""
+        wanted = self.config.engine.score_early
+        if wanted is None:
+            wanted = self.config.engine.kind == "vllm-server" and not self.config.engine.one_step_off
+        if not wanted or stage.batch.mini_batches > 1:
+            return None
+        return Scoring(self.parts.actor, stage, self.watch.bounds.token)
+
+    def score(
+        self, collected: Collected, batches: list[MiniBatch], stage: StageConfig, step: int, scoring: Scoring | None, advance: Any
+    ) -> list[ScoredMiniBatch]:
+        """The batch under the weights of now; what was scored on the way is not scored again."""
+        if scoring is None or not any(collected.early):
+            return self.parts.actor.score(batches, stage, advance, self.watch.bounds.token)
+        rest = [group for group, early in zip(collected.batch, collected.early, strict=True) if not early]
+        if rest:
+            scoring.add(part_of(rest, stage, step), advance)
+        (whole,) = batches
+        return [scoring.finish(whole)]
+
+    def stop(self, state: RunState, error: EngineError) -> NoReturn:
+        """No engine, no run: what was learnt so far is kept."""
+        self.save(state)
+        raise EngineError(f"{error}; stopped after step {state.step}, which is kept: the same command continues from there")
 
     def draw(self, step: int, stage: StageConfig) -> Draw:
         """What this step asks of the sampler."""
@@ -87,34 +160,56 @@ class TrainingLoop:
             recover=stage.recovery.enabled,
             capacity=stage.recovery.capacity,
             decoding=Decoding(stage.response_limit, stage.sampling.temperature),
+            abort_surplus=batch.abort_surplus,
         )
 
     def source(self, stage: StageConfig) -> PromptSource | None:
         return self.inputs.sources[source_key(stage.data.train)] if self.inputs is not None else None
 
     def push_weights(self, version: int) -> None:
-        """Engines sample from version `version` from here on."""
+        """Engines sample from version `version` from here on. Raises EngineError where that fails twice."""
+        if self.parts.sync.version == version and self.parts.engine.version == version:
+            return
         with self.console.phase("sync", None, "tensors") as bar:
-            self.parts.engine.load(version, _counted(self.parts.actor.policy.whole_weights(), bar))
+            self.parts.sync.push(version, bar.advance)
+
+    def try_push(self, version: int) -> EngineError | None:
+        """`push_weights`, whose failure must not lose the step that was trained."""
+        try:
+            self.push_weights(version)
+        except EngineError as error:
+            return error
+        return None
 
     def due(self, step: int, every: int | None) -> bool:
         return step == self.config.total_steps or (every is not None and step % every == 0)
 
     def evaluate(self, step: int) -> None:
         sets = self.inputs.evaluation if self.inputs is not None else {}
-        for row in evaluate(self.parts.sampler, sets, self.config, self.ranks, step):
+        self.ahead.wait()  # one generation at a time
+        try:
+            self.push_weights(step)
+            rows = evaluate(self.parts.sampler, sets, self.config, self.ranks, step)
+        except EngineError as error:
+            self.stop(self.state(step), error)
+        for row in rows:
             self.metrics.write(row)
             self.console.evaluation(row)
 
-    def save(self, step: int) -> None:
+    def save(self, state: RunState) -> None:
         start = time.perf_counter()
         with self.console.phase("checkpoint", None, "files"):
-            self.checkpoints.save(self.parts.actor, self.state(step))
+            self.checkpoints.save(self.parts.actor, state)
         self.checkpoint_seconds = time.perf_counter() - start
 
     def state(self, step: int) -> RunState:
+        """What must survive after `step` finished steps. A step that is being sampled ahead has not begun."""
+        if self.ahead.started and self.ahead.before.step == step:
+            return self.ahead.before
         sampler, sources = self.parts.sampler.state, self.inputs.sources if self.inputs is not None else {}
-        return RunState(step, sampler.ledger, sampler.buffer, {key: source.state() for key, source in sources.items()})
+        return RunState(
+            step, replace(sampler.ledger), list(sampler.buffer), {key: source.state() for key, source in sources.items()}
+        )
 
     def resume(self) -> int:
         """Restores the newest complete checkpoint, if any, and opens the metrics where it left off. Returns finished steps.
@@ -123,15 +218,21 @@ class TrainingLoop:
         """
         state = self.checkpoints.resume(self.parts.actor)
         if self.ranks.first:
-            self.parts.sampler.state = SamplerState(state.ledger, state.buffer)
-            for key, cursor in state.sources.items():
-                if key in self.inputs.sources:
-                    self.inputs.sources[key].load(cursor)
+            self.restore(state)
             self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
             dump_config(self.config, self.config.run / "config.yaml")
             if state.step:
                 self.console.resumed(state.step)
         return state.step
+
+    def restore(self, state: RunState) -> None:
+        """The sampler and the prompt sources as they were; on rank 0."""
+        if self.inputs is None:
+            return
+        self.parts.sampler.state = SamplerState(replace(state.ledger), list(state.buffer))
+        for key, cursor in state.sources.items():
+            if key in self.inputs.sources:
+                self.inputs.sources[key].load(cursor)
 
     def write(self, step: int, stage: StageConfig, measured: dict[str, Any]) -> None:
         head = {
@@ -149,6 +250,8 @@ class TrainingLoop:
     def clocked(self, clock: Clock, collected: Collected, batches: list) -> dict[str, float]:
         """Seconds, rates and memory of a step, on this rank."""
         seconds = clock.seconds | collected.seconds
+        if self.config.engine.one_step_off:
+            seconds["wait"] = clock.seconds["sample"]  # the rest of the sampling lay behind the last step
         sampled = sum(len(sample.token_ids) for group in collected.sampled for sample in group.samples)
         trained = sum(len(sequence) for batch in batches for sequence in batch.sequences)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -162,6 +265,11 @@ class TrainingLoop:
         }
 
 
+def part_of(groups: Sequence[Group], stage: StageConfig, step: int) -> MiniBatch:
+    """Some groups of a step's only mini-batch, with the weights they have in the whole."""
+    return mini_batch(groups, stage, step, responses=stage.batch.groups * stage.batch.group_size)
+
+
 class Clock:
     """Seconds of a step's phases."""
 
@@ -171,14 +279,8 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def total(self) -> float:
         return time.perf_counter() - self._start
-
-
-def _counted(weights: Any, bar: Any) -> Any:
-    for item in weights:
-        yield item
-        bar.advance(1)

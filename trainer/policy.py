@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rollout.errors import InputError
+from rollout.weights.source import TensorMeta
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MicroBatch
 
@@ -63,6 +64,20 @@ class Policy(nn.Module):
             self.reshard()  # after a forward without backward the root still holds its weights in the compute dtype
         for name, parameter in self.causal_lm.named_parameters():
             yield name, parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+class PolicyWeights:
+    """A policy as a `rollout.weights.source.WeightSource`."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def metadata(self) -> list[TensorMeta]:
+        parameters = self._policy.causal_lm.named_parameters()
+        return [TensorMeta(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._policy.whole_weights()
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, attention: str = PACKED_ATTENTION) -> nn.Module:

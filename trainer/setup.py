@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,18 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from kernels.backend import loss_path
+from rollout.engine import Engine
 from rollout.ranks import Ranks
 from rollout.reward.pipeline import RepetitionLimits, Reward
 from rollout.reward.rule import RuleVerifier
 from rollout.sampler import Sampler
-from rollout.transformers_engine import TransformersEngine
+from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
 from trainer.config import ModelConfig, RunConfig
-from trainer.policy import Policy, build_policy, load_causal_lm
+from trainer.engines import build_engine, build_probe
+from trainer.lookahead import quiet_beside
+from trainer.policy import Policy, PolicyWeights, build_policy
+from trainer.probe import policy_scorer
 from trainer.text import end_tokens, load_tokenizer, prompt_encoder
 
 
@@ -26,10 +29,13 @@ class Parts:
     """The pieces of a run on one rank."""
 
     actor: Actor
-    engine: TransformersEngine
+    engine: Engine
+    sync: WeightSync
     sampler: Sampler
     verifier: RuleVerifier
     device: torch.device
+    precision: torch.dtype
+    """In which policy and engine compute."""
 
     def paths(self) -> dict[str, str]:
         """Which implementation of each exchangeable part runs; goes into every metrics row."""
@@ -40,11 +46,13 @@ class Parts:
         self.engine.close()
 
 
-def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, phase: Callable[..., Any]) -> Parts:
-    """Everything but data. phase: the console's. The verifier's processes start first, beside the model's loading."""
+def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any) -> Parts:
+    """Everything but data. The verifier's processes and the engine's start first, beside the model's loading."""
     verifier = RuleVerifier(config.reward.rule, config.reward.workers, config.reward.timeout_seconds)
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids = end_tokens(config.model.path, tokenizer)
+    precision = precision_of(config.model, device)
+    engine = build_engine(config, ranks, device, precision, end_token_ids)
     reward = Reward(
         verifier,
         tokenizer,
@@ -52,13 +60,24 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         end_token_ids=end_token_ids,
         repetition=RepetitionLimits(**config.reward.repetition.model_dump()),
     )
-    engine = TransformersEngine(
-        load_causal_lm(config.model.path, precision_of(config.model, device), attention="sdpa").to(device),
-        end_token_ids=end_token_ids,
-        tokens_per_batch=config.engine.tokens_per_batch,
+    actor = build_actor(config, ranks, mesh, device)
+    sync = WeightSync(
+        engine,
+        PolicyWeights(actor.policy),
+        ranks,
+        score=policy_scorer(actor.policy, device),
+        probe=build_probe(config, precision),
+        seconds=config.engine.sync_seconds,
+        note=console.note,
     )
-    sampler = Sampler(engine, reward, prompt_encoder(tokenizer, config.template), ranks, phase, config.seed)
-    return Parts(build_actor(config, ranks, mesh, device), engine, sampler, verifier, device)
+    encode = prompt_encoder(tokenizer, config.template)
+    if config.engine.one_step_off:
+        # Its thread must not meet the loop's in a collective, and cannot push weights while the loop changes them.
+        meeting, recover = ranks.another(config.parallel.timeout_seconds), None
+    else:
+        meeting, recover = ranks, sync.recover
+    sampler = Sampler(engine, reward, encode, meeting, quiet_beside(console.phase), config.seed, recover)
+    return Parts(actor, engine, sync, sampler, verifier, device, precision)
 
 
 def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device) -> Actor:

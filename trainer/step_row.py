@@ -24,11 +24,11 @@ def step_row(
     stage: StageConfig,
 ) -> dict[str, Any]:
     """What a step measured, without step number and times. Rewards, verdicts and lengths are over every output sampled in the
-    step; losses, entropy and ratios over the outputs trained on."""
+    step; losses, entropy and ratios over the outputs trained on. Mismatch is `trainer.mismatch`'s, which is asked earlier."""
     return {
         **_sampled(collected.sampled),
         **_trained(updates, stage),
-        **_mismatch(scored),
+        **_importance(scored, stage),
         "sampling/rounds": collected.rounds,
         "sampling/over_generation": len(collected.sampled) / len(collected.batch),
         **{f"ledger/{fate}": count for fate, count in ledger.as_dict().items()},
@@ -87,13 +87,13 @@ def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, A
     return row
 
 
-def _mismatch(scored: Sequence[ScoredMiniBatch]) -> dict[str, float]:
-    """|sampled - recomputed log-probability| over the tokens that the scoring weights sampled; nothing where the whole batch was
-    recovered."""
-    tokens = sum(batch.whole.fresh_tokens for batch in scored)
-    if not tokens:
+def _importance(scored: Sequence[ScoredMiniBatch], stage: StageConfig) -> dict[str, float]:
+    """The truncated importance weights of all response tokens; nothing where there are none."""
+    if stage.objective.tis_cap is None:
         return {}
-    return {
-        "mismatch/mean": sum(batch.mismatch_sum for batch in scored) / tokens,
-        "mismatch/max": max(batch.mismatch_max for batch in scored),
-    }
+    tokens = [batch.whole.response_tokens for batch in scored]
+
+    def mean(name: str) -> float:
+        return sum(getattr(batch, name) * count for batch, count in zip(scored, tokens, strict=True)) / sum(tokens)
+
+    return {"tis/weight_mean": mean("tis_weight"), "tis/capped": mean("tis_capped")}

@@ -55,7 +55,7 @@ def train(config: RunConfig, inputs: Inputs | None) -> None:
     stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
     with process_group(config.parallel.timeout_seconds) as (ranks, mesh, device):
         console = Console(config.total_steps, stages) if ranks.first else NullConsole()
-        with console, closing(build_parts(config, ranks, mesh, device, console.phase)) as parts:
+        with console, closing(build_parts(config, ranks, mesh, device, console)) as parts:
             TrainingLoop(config, inputs, parts, ranks, console).run()
 
 

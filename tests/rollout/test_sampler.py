@@ -63,17 +63,37 @@ class FakeEngine:
     """Output k of a round is the token k. Remembers the seeds it was given."""
 
     name = "fake"
+    streams = False
 
     def __init__(self, ranks):
-        self._ranks, self.seeds, self.requests = ranks, [], []
+        self._ranks, self.seeds, self.requests, self.request_seeds = ranks, [], [], []
 
-    def generate(self, requests, decoding, progress=None):
+    def submit(self, requests, decoding, progress=None):
         self.seeds.append(decoding.seed)
         self.requests.append([request.prompt_token_ids.tolist() for request in requests])
+        self.request_seeds.append([request.seed for request in requests])
         if progress is not None:
             progress(len(requests), len(requests))
         numbers = [self._ranks.rank + place * self._ranks.size for place in range(len(requests))]
-        return [Sample(np.array([k], np.int32), np.zeros(1, np.float32), "stop", 0) for k in numbers]
+        return FakeGeneration([Sample(np.array([k], np.int32), np.zeros(1, np.float32), "stop", 0) for k in numbers])
+
+
+class FakeGeneration:
+    """All at the first poll."""
+
+    def __init__(self, samples):
+        self._left = samples
+
+    @property
+    def done(self):
+        return not self._left
+
+    def poll(self, seconds):
+        left, self._left = self._left, []
+        return list(enumerate(left))
+
+    def abort(self):
+        self._left = []
 
 
 class FakeJudge:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from rollout.engine import Decoding, Request
+from rollout.engine import Decoding, EngineError, Request
 from rollout.transformers_engine import TransformersEngine
 
 VOCABULARY = 61
@@ -205,7 +205,7 @@ def test_a_load_that_does_not_fit_is_refused_and_so_is_sampling_after_it(referen
     with pytest.raises(ValueError, match="weight"):
         engine.load(2, weights)
     assert next(weights, None) is None, "every rank must iterate to the end"
-    with pytest.raises(RuntimeError, match="load"):
+    with pytest.raises(EngineError, match="a push must come first"):
         engine.generate(requests(2), Decoding(2))
     engine.load(3, reference.named_parameters())
     assert engine.generate(requests(1), Decoding(2))[0].weight_version == 3
@@ -219,13 +219,13 @@ def test_a_load_that_breaks_off_leaves_no_version(reference):
     engine = engine_of(reference)
     with pytest.raises(OSError, match="peer"):
         engine.load(2, breaks())
-    with pytest.raises(RuntimeError, match="load"):
+    with pytest.raises(EngineError, match="a push must come first"):
         engine.generate(requests(2), Decoding(2))
 
 
 def test_sampling_before_the_first_load_is_refused():
     engine = TransformersEngine(model(), end_token_ids=ENDS, tokens_per_batch=100)
-    with pytest.raises(RuntimeError, match="load"):
+    with pytest.raises(EngineError, match="a push must come first"):
         engine.generate(requests(2), Decoding(2))
 
 

@@ -124,14 +124,14 @@ def test_scoring_without_a_mismatch(mesh):
     actor = build_actor(mesh, config)
     (batch,) = batches(config)
     (scored,) = actor.score([batch], config)
-    assert scored.mismatch_max > 1, "the example's sampled_logprobs are not log-probabilities"
+    assert scored.mismatch.largest > 1, "the example's sampled_logprobs are not log-probabilities"
     logprobs = {}
     for micro in scored.micro:
         parts = micro.old_logprob_R.split([len(batch.sequences[index].response) for index in micro.indices])
         logprobs |= {index: part.numpy() for index, part in zip(micro.indices, parts, strict=True)}
     sequences = [replace(sequence, sampled_logprobs=logprobs[index]) for index, sequence in enumerate(batch.sequences)]
     (scored,) = actor.score([replace(batch, sequences=tuple(sequences))], config)
-    assert scored.mismatch_max == scored.mismatch_sum == 0
+    assert scored.mismatch.largest == scored.mismatch.gap_sum == 0
 
 
 def test_recovered_responses_do_not_count_as_mismatch(mesh):
@@ -143,5 +143,5 @@ def test_recovered_responses_do_not_count_as_mismatch(mesh):
     one_fresh = replace(batch, sequences=tuple(replace(each, fresh=index == 2) for index, each in enumerate(batch.sequences)))
     (scored,) = actor.score([one_fresh], config)
     assert one_fresh.fresh_tokens == len(batch.sequences[2].response)
-    assert 0 < scored.mismatch_sum < all_fresh.mismatch_sum
+    assert 0 < scored.mismatch.gap_sum < all_fresh.mismatch.gap_sum
     assert scored.mean_entropy == all_fresh.mean_entropy

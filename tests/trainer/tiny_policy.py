@@ -207,7 +207,7 @@ def train(case: Case, mesh: DeviceMesh) -> list[dict]:
         gradients = whole_gradients(actor.policy)
         actor.optimizer.zero_grad()
         update = asdict(actor.update(batch, config))
-        scores = {"mean": batch.mean_entropy, "mismatch_sum": batch.mismatch_sum, "mismatch_max": batch.mismatch_max}
+        scores = {"mean": batch.mean_entropy, "mismatch_sum": batch.mismatch.gap_sum, "mismatch_max": batch.mismatch.largest}
         weights = whole_weights(actor.policy)
         results.append({"scores": scores, "sums": sums, "gradients": gradients, "update": update, "weights": weights})
     return results

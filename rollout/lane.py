@@ -1,0 +1,112 @@
+"""One rank's share of the sampling: its engine decodes, and a thread judges what has finished while the rest still decodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from rollout.engine import Decoding, Engine, Generation, Progress, Request
+from rollout.types import Prompt, Sample, Verdict
+
+
+class Judge(Protocol):
+    """`rollout.reward.pipeline.Reward` is one. Called from one thread at a time."""
+
+    def judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output to sample. place: of its prompt among the prompts drawn; output: which of the G."""
+
+    place: int
+    output: int
+    prompt: Prompt
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A job's outcome, as it travels to rank 0."""
+
+    place: int
+    output: int
+    sample: Sample
+    verdict: Verdict
+
+
+class Lane:
+    """A context manager; the judging thread ends with it. `judging`: seconds that it has judged; `waited`: seconds of them that
+    the rank had nothing else to wait for."""
+
+    def __init__(self, engine: Engine, judge: Judge, progress: Progress) -> None:
+        self._engine, self._judge, self._progress = engine, judge, progress
+        self._generation: Generation | None = None
+        self._jobs: list[Job] = []
+        """Of the generation, by place in it."""
+        self._unsampled: dict[tuple[int, int], Job] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keju-judge")
+        self._verdicts: list[Future[list[Judged]]] = []
+        self.judging = 0.0
+        self.waited = 0.0
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    @property
+    def done(self) -> bool:
+        return not self._unsampled and not self._verdicts
+
+    def add(self, jobs: Sequence[Job], decoding: Decoding) -> None:
+        """decoding: the same at every call, but for its seed. Raises EngineError; the jobs are then `unsampled`."""
+        if not jobs:
+            return
+        self._unsampled |= {(job.place, job.output): job for job in jobs}
+        if self._generation is None or self._generation.done:
+            self._jobs = list(jobs)
+            self._generation = self._engine.submit([job.request for job in jobs], decoding, self._progress)
+        else:
+            self._jobs += jobs
+            self._generation.add([job.request for job in jobs])
+
+    def poll(self, seconds: float) -> list[Judged]:
+        """What was judged since the last call; waits up to `seconds` where there is nothing to do. Raises EngineError where the
+        engine is lost; what had finished before is judged and comes with the next call."""
+        if self._unsampled:
+            assert self._generation is not None
+            finished = [(self._jobs[at], sample) for at, sample in self._generation.poll(seconds)]
+            for job, _ in finished:
+                del self._unsampled[job.place, job.output]
+            if finished:
+                self._verdicts.append(self._thread.submit(self._judge_all, finished))
+        elif self._verdicts:
+            start = time.perf_counter()
+            wait(self._verdicts[:1], timeout=seconds)
+            self.waited += time.perf_counter() - start
+        judged: list[Judged] = []
+        while self._verdicts and self._verdicts[0].done():
+            judged += self._verdicts.pop(0).result()
+        return judged
+
+    def unsampled(self) -> list[Job]:
+        """In the order they were added."""
+        return list(self._unsampled.values())
+
+    def abort(self) -> None:
+        """Drops what is not sampled; what is sampled is still judged. Raises EngineError."""
+        generation, self._generation = self._generation, None
+        self._unsampled = {}
+        if generation is not None:
+            generation.abort()
+
+    def _judge_all(self, finished: Sequence[tuple[Job, Sample]]) -> list[Judged]:
+        start = time.perf_counter()
+        verdicts = self._judge.judge([(job.prompt, sample) for job, sample in finished])
+        self.judging += time.perf_counter() - start
+        return [Judged(job.place, job.output, sample, verdict) for (job, sample), verdict in zip(finished, verdicts, strict=True)]

@@ -1,0 +1,134 @@
+"""Starts, asks and ends the process that holds a colocated vLLM (`rollout.vllm.worker`). The rank's side; imports no vLLM.
+
+The process is exec'd, never forked: vLLM inside a rank hangs, or rewires the rank's process. It sees none of torchrun's variables,
+which would make it join the trainer's group.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from rollout.engine import EngineError
+from rollout.vllm.channel import Channel, ChannelClosed, Message
+from rollout.vllm.settings import VllmSettings
+
+SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_", "OMP_", "TORCH_NCCL_")
+"""Beginnings of the variables that the process is not shown."""
+QUIET_SECONDS = 5.0
+"""How long a process that was asked to go may take."""
+
+
+class VllmChild:
+    """One process. Construction returns at once; `wait_ready` waits until the engine can be asked.
+
+    name: for messages, such as "rank 1's vLLM". log: where its output goes. threads: OpenMP's, on a CPU.
+    """
+
+    def __init__(self, name: str, settings: VllmSettings, log: Path, *, threads: int = 1, device: str | None = None) -> None:
+        self.name, self._log = name, log
+        ours, theirs = socket.socketpair()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rollout.vllm.worker", str(theirs.fileno())],
+                env=environment(threads, device),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._channel = Channel(ours)
+        self._ready = False
+        self._send("settings", settings=settings.to_json())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, seconds: float) -> None:
+        """Raises EngineError where the engine does not come up in time."""
+        if not self._ready:
+            self.expect("ready", seconds, "start")
+            self._ready = True
+
+    def ask(self, kind: str, seconds: float, *, expected: str = "done", **fields: object) -> Message:
+        """Sends a message and waits for its answer."""
+        self._send(kind, **fields)
+        return self.expect(expected, seconds, kind)
+
+    def send(self, kind: str, *, arrays: dict[str, np.ndarray] | None = None, **fields: object) -> None:
+        """Sends a message; the answers come through `receive`."""
+        self._send(kind, arrays=arrays, **fields)
+
+    def receive(self, seconds: float, call: str) -> Message | None:
+        """The next message, None where there is none within `seconds`. Raises EngineError where the process is gone or refuses."""
+        try:
+            message = self._channel.receive(seconds)
+        except ChannelClosed:
+            raise self._lost(call) from None
+        if message is not None and message["kind"] == "refused":
+            raise EngineError(f"{self.name}: {call} refused: {message['why']} (log: {self._log})")
+        return message
+
+    def expect(self, kind: str, seconds: float, call: str) -> Message:
+        """The next message of this kind; what else comes (progress, samples of an aborted generation) is dropped."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            message = self.receive(max(0.0, deadline - time.monotonic()), call)
+            if message is not None and message["kind"] == kind:
+                return message
+        raise EngineError(f"{self.name}: no answer to {call} within {seconds:g} s (log: {self._log})")
+
+    def kill(self) -> None:
+        """At once, and waits until it is gone."""
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+    def close(self) -> None:
+        """Closes the channel, which ends the process; kills it where that takes too long."""
+        self._channel.close()
+        try:
+            self._process.wait(QUIET_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _send(self, kind: str, **fields: object) -> None:
+        try:
+            self._channel.send(kind, **fields)
+        except ChannelClosed:
+            raise self._lost(kind) from None
+
+    def _lost(self, call: str) -> EngineError:
+        try:
+            code = self._process.wait(QUIET_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return EngineError(f"{self.name}: its process ended ({how}) during {call} (log: {self._log})")
+
+
+def environment(threads: int, device: str | None) -> dict[str, str]:
+    """What the process sees. device: the GPU it may use, as CUDA_VISIBLE_DEVICES counts; None on a CPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SCRUBBED)}
+    ours = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": "",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device is None:
+        ours["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there but a sampler's detail, for seconds
+    else:
+        ours["CUDA_VISIBLE_DEVICES"] = device
+    return kept | ours

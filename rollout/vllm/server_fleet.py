@@ -1,0 +1,239 @@
+"""One rank's view of the servers: which of them hold the weights asked for, who takes the next output, and what becomes of it
+when its server fails. Coroutines and callbacks of one event loop.
+
+A server serves outputs while it is thought to hold the version and has not failed since. One that fails is marked until a push
+succeeds on it, and its outputs go to others. Only where none is left, those whose weights are not in doubt are asked again with
+growing pauses, for `patience` seconds; one that answers with the version serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rollout.engine import EngineError
+from rollout.vllm.server_client import Call, Output, ServerClient, ServerFault
+
+PROBE_SECONDS = 10.0
+"""For a question that a living server answers at once."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+"""Seconds between an output's attempts: doubled each time, and spread by half so that not all come back at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """holds: the version string it is thought to have; None: it gets no outputs until a push. fault: why it is marked; None: it
+    is not. last: its last fault, marked or not. outstanding: tokens, prompt and longest response, of the outputs it works on."""
+
+    client: ServerClient
+    holds: str | None = None
+    fault: str | None = None
+    last: str = "was not asked"
+    outstanding: int = 0
+    outputs: int = 0
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
+    def usable(self) -> bool:
+        return self.holds is not None and self.fault is None
+
+
+class Fleet:
+    """rank: so that ranks do not all begin with the same server. concurrency: outputs at one server at once, of this rank. say:
+    told what someone should know, in the loop's thread."""
+
+    def __init__(
+        self, clients: Sequence[ServerClient], rank: int, concurrency: int, patience: float, say: Callable[[str], None]
+    ) -> None:
+        first = rank % len(clients)
+        self.servers = [Server(client) for client in (*clients[first:], *clients[:first])]
+        self._concurrency, self._patience, self._say = concurrency, patience, say
+        self._waiting: deque[tuple[asyncio.Future[Server], int]] = deque()
+        self._admission: asyncio.Task[None] | None = None
+        self._rescue: asyncio.Task[None] | None = None
+        self._alone_since: float | None = None
+        """When the last usable server failed; None once an output was finished since."""
+        self._lost: EngineError | None = None
+
+    # weights
+
+    async def probe(self, seconds: float) -> list[Server]:
+        """Those that answer the question for their version; `last` of the others says why they do not."""
+        faults = await asyncio.gather(*(self._asked(server, seconds) for server in self.servers))
+        return [server for server, fault in zip(self.servers, faults, strict=True) if fault is None]
+
+    async def wait(self, seconds: float) -> None:
+        """Until one server answers. Raises EngineError where none does in time, or all refuse."""
+        end = time.monotonic() + seconds
+        for pause in pauses():
+            left = end - time.monotonic()
+            faults = await asyncio.gather(*(self._asked(server, min(left, PROBE_SECONDS)) for server in self.servers))
+            if None in faults:
+                return
+            if all(fault.refused for fault in faults):
+                raise self.error("every server refuses")
+            left = end - time.monotonic()
+            if left <= 0:
+                raise self.error(f"no server answered within {seconds:g} s")
+            await asyncio.sleep(min(pause, left))
+
+    async def forget(self) -> None:
+        """No server holds anything; no mark stands."""
+        await self.settle()
+        for server in self.servers:
+            server.holds, server.fault = None, None
+
+    async def hold(self, servers: Sequence[Server], weights: str) -> None:
+        """A push: these have the version, the others have not."""
+        await self.settle()
+        for server in self.servers:
+            server.holds = weights if server in servers else None
+            server.fault = None if server in servers else server.last
+
+    async def begin(self) -> None:
+        """A generation starts: asks the servers for their version, before one samples thousands of tokens from another."""
+        await self.settle()
+        self._lost, self._alone_since = None, None
+        self._admission = asyncio.create_task(self._admit([server for server in self.servers if server.usable]))
+
+    async def settle(self) -> None:
+        """Ends the fleet's own questions: an answer to one asked before a push would be about weights that are gone."""
+        tasks = [task for task in (self._admission, self._rescue) if task is not None]
+        self._admission = self._rescue = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def error(self, what: str) -> EngineError:
+        """Names each server and what it did last."""
+        each = "; ".join(f"{server.url}: {server.last}" for server in sorted(self.servers, key=lambda server: server.url))
+        return EngineError(f"vllm-server: {what}: {each}")
+
+    # outputs
+
+    async def sample(self, call: Call, cost: int, count: Callable[[int], None]) -> Output:
+        """One output, from whichever server finishes it. cost: of prompt and longest response, tokens. Raises EngineError where
+        none is left."""
+        if self._admission is not None:
+            await asyncio.shield(self._admission)
+        for pause in pauses():
+            server = await self._acquire(cost)
+            try:
+                output = await server.client.sample(call, count)
+            except ServerFault as fault:
+                self._mark(server, fault)
+            else:
+                self._alone_since = None
+                return output
+            finally:
+                self._release(server, cost)
+            await asyncio.sleep(pause)
+        raise AssertionError  # pauses() does not end
+
+    async def _acquire(self, cost: int) -> Server:
+        """The usable server with the fewest tokens outstanding, as soon as one may take more; who waits is served in order."""
+        if self._lost is not None:
+            raise self._lost
+        waiting: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._waiting.append((waiting, cost))
+        self._grant()
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                self._release(waiting.result(), cost)
+            raise
+
+    def _grant(self) -> None:
+        while self._waiting:
+            free = [server for server in self.servers if server.usable and server.outputs < self._concurrency]
+            if not free:
+                return
+            waiting, cost = self._waiting.popleft()
+            if waiting.done():
+                continue
+            server = min(free, key=lambda each: each.outstanding)  # the first of equals: the rank's own first
+            server.outstanding += cost
+            server.outputs += 1
+            waiting.set_result(server)
+
+    def _release(self, server: Server, cost: int) -> None:
+        server.outstanding -= cost
+        server.outputs -= 1
+        self._grant()
+
+    # failures
+
+    async def _asked(self, server: Server, seconds: float) -> ServerFault | None:
+        try:
+            await server.client.weights(seconds)
+        except ServerFault as fault:
+            server.last = str(fault)
+            return fault
+        return None
+
+    async def _admit(self, servers: Sequence[Server]) -> None:
+        await asyncio.gather(*(self._check(server) for server in servers))
+        if not any(server.usable for server in self.servers):
+            self._seek_rescue()
+
+    async def _check(self, server: Server) -> None:
+        """Marks a server that does not answer, or has other weights; unmarks one that has these."""
+        try:
+            weights = await server.client.weights(PROBE_SECONDS)
+            if weights != server.holds:
+                raise ServerFault(f"holds weights {weights!r}, not {server.holds!r}", stale=True)
+        except ServerFault as fault:
+            self._mark(server, fault)
+        else:
+            server.fault = None
+
+    def _mark(self, server: Server, fault: ServerFault) -> None:
+        server.last = str(fault)
+        if server.usable:
+            self._say(f"{server.url}: {fault}; its outputs go to others")
+            server.fault = str(fault)
+        if fault.stale:
+            server.holds = None
+        if not any(each.usable for each in self.servers):
+            self._seek_rescue()
+
+    def _seek_rescue(self) -> None:
+        if self._alone_since is None:
+            self._alone_since = time.monotonic()
+        if self._lost is None and (self._rescue is None or self._rescue.done()):
+            self._rescue = asyncio.create_task(self._seek(self._alone_since + self._patience))
+
+    async def _seek(self, end: float) -> None:
+        """Asks the marked servers whose weights are not in doubt, until one answers or the time is over."""
+        for pause in pauses():
+            hopeful = [server for server in self.servers if server.holds is not None]
+            left = end - time.monotonic()
+            if not hopeful or left <= 0:
+                break
+            await asyncio.sleep(min(pause, left))
+            await asyncio.gather(*(self._check(server) for server in hopeful))
+            back = [server.url for server in hopeful if server.usable]
+            if back:
+                self._say(f"{', '.join(back)}: answers again, with the same weights")
+                self._grant()
+                return
+        self._lost = self.error("no server is left")
+        while self._waiting:
+            waiting, _ = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_exception(self._lost)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds, without end: exponential, with jitter."""
+    for attempt in itertools.count():
+        yield min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.5)

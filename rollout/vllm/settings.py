@@ -1,0 +1,37 @@
+"""What a vLLM engine is started with: plain data, sent to its process as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """model: Hugging Face folder, for its configuration; weights come by push. dtype: "float32" or "bfloat16"."""
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_sequences: int = 256
+    kv_cache_bytes: int | None = None
+    """None on a GPU: what gpu_memory_fraction leaves."""
+    gpu_memory_fraction: float = 0.85
+    sleep: bool = False
+    """Whether weights and cache can be released between rollouts; on a GPU."""
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> VllmSettings:
+        return cls(**json.loads(text))
+
+
+def kv_cache_bytes(config: dict, dtype_bytes: int, sequences: int, tokens: int, block: int = 128) -> int:
+    """Enough for `sequences` of `tokens` each, from a model's config.json: 2 · layers · key-value heads · head dimension · tokens."""
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    dimension = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_token = 2 * config["num_hidden_layers"] * heads * dimension * dtype_bytes
+    return per_token * block * (-(-tokens // block) * sequences + 8)

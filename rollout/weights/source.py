@@ -1,0 +1,54 @@
+"""What a trainer offers to be sent: names, shapes, and one pass over whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """One whole parameter. name: the Hugging Face checkpoint's own."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class WeightSource(Protocol):
+    """A model's weights, whole, one at a time. Each `iter()` is a fresh pass and a collective: all ranks iterate in lockstep."""
+
+    def metadata(self) -> list[TensorMeta]:
+        """What an iteration yields, in order, without gathering anything."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def layers(metadata: list[TensorMeta]) -> list[list[TensorMeta]]:
+    """Consecutive tensors of one decoder layer together, each of the others (embedding, norm, head) alone: what may not be
+    torn apart in a transfer, and the most that is whole at a time."""
+    groups: list[list[TensorMeta]] = []
+    last = None
+    for meta in metadata:
+        key = _layer_of(meta.name)
+        if key is None or key != last:
+            groups.append([])
+        groups[-1].append(meta)
+        last = key
+    return groups
+
+
+def _layer_of(name: str) -> str | None:
+    """'model.layers.3' of 'model.layers.3.mlp.up_proj.weight'; None outside the layers."""
+    parts = name.split(".")
+    place = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return None if place is None else ".".join(parts[: place + 1])

@@ -1,0 +1,182 @@
+"""The transaction around a weight push: all ranks together, proved by a probe, repeated once, or the run stops.
+
+    load        every rank's engine takes the weights; checksums of our own bytes on both sides (rollout.weights.wire)
+    agree       all ranks learn whether all succeeded
+    probe       each engine continues a fixed prompt; the policy scores what came; the log-probabilities must agree
+    agree
+
+Where one rank fails, its engine is started anew and the push repeated for all; where the second attempt fails too, every rank raises.
+The probe's prompt is longer than a block of the prefix cache and comes twice, so a cache that outlived the push shows. Engines
+start with random weights, so on the first push the probe shows a tensor that never arrives on some path; later it shows gross
+damage, and the checksums the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from rollout.deadline import Deadline
+from rollout.engine import Decoding, Engine, EngineError, Request, drain
+from rollout.ranks import Ranks
+from rollout.types import Sample
+from rollout.weights.source import TensorMeta, WeightSource
+
+Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
+"""(prompts, responses), int32 each → float32 log-probabilities of each response's tokens under the policy, at temperature 1. A
+collective: every rank calls it with as many sequences, its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """prompt: int32 [m]. bound: largest |engine - policy| in nats that passes."""
+
+    prompt: np.ndarray
+    bound: float
+    new_tokens: int = 8
+    copies: int = 2
+
+    @classmethod
+    def of(cls, vocabulary: int, length: int, bound: float) -> Probe:
+        """A fixed random prompt of `length` tokens."""
+        return cls(np.random.default_rng(0).integers(0, vocabulary, length, dtype=np.int32), bound)
+
+
+class WeightSync:
+    """One a rank. `push` and `recover` are collectives. seconds: deadline of each wait for an engine; a wait for another
+    rank has twice that."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: WeightSource,
+        ranks: Ranks,
+        *,
+        score: Score | None = None,
+        probe: Probe | None = None,
+        seconds: float = 300.0,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._engine, self._source, self._ranks = engine, source, ranks
+        self._score, self._probe, self._seconds, self._note = score, probe, seconds, note
+        self.version: int | None = None
+        """Of the last push that was asked for."""
+        self.worst: float | None = None
+        """Largest difference that this rank's last probe showed, nats."""
+        self.repeats = 0
+        """Pushes that had to be repeated, over the run."""
+
+    def push(self, version: int, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Every engine samples from `version` afterwards. Raises EngineError, on every rank, where a second attempt fails too."""
+        self.version = version
+        failed = self._attempt(version, advance)
+        if not any(failed):
+            return
+        self.repeats += 1
+        self._note(f"weights, version {version}: {_joined(failed)}; started anew, pushed again")
+        self._restart(failed)
+        failed = self._attempt(version, advance)
+        if any(failed):
+            raise EngineError(f"weights, version {version}: pushed twice without success: {_joined(failed)}")
+
+    def measured(self) -> dict[str, float]:
+        """For the metrics: the last probe's difference on this rank, in nats, and how many pushes had to be repeated so far."""
+        probed = {} if self.worst is None else {"sync/probe": self.worst}
+        return probed | {"sync/repeats": self.repeats}
+
+    def recover(self, errors: Sequence[str | None]) -> None:
+        """Engines were lost while they sampled (errors: by rank, None where all is well): starts them anew with the weights that
+        they had. Raises EngineError, on every rank, where that fails."""
+        self._note(f"{_joined(errors)}; started anew, weights of version {self.version} pushed again")
+        self.repeats += 1
+        self._restart(errors)
+        self.push(self.version)
+
+    def _attempt(self, version: int, advance: Callable[[int], object]) -> list[str | None]:
+        """Why each rank failed; None where it did not."""
+        failed = self._ranks.all_gather(self._ready())
+        if any(failed):
+            return failed
+        failed = self._ranks.all_gather(self._load(version, advance))
+        if any(failed) or self._probe is None or self._score is None:
+            return failed
+        with Deadline(2 * self._seconds, f"rank {self._ranks.rank}: probe of version {version}", self._ranks.board):
+            return self._ranks.all_gather(self._prove())
+
+    def _ready(self) -> str | None:
+        try:
+            self._engine.ready()
+        except EngineError as error:
+            return str(error)
+        return None
+
+    def _load(self, version: int, advance: Callable[[int], object]) -> str | None:
+        call = f"rank {self._ranks.rank}: push of version {version}"
+        # Twice, because a rank may wait for another that waits for its engine.
+        with Deadline(2 * self._seconds, call, self._ranks.board) as deadline:
+            try:
+                self._engine.load(version, _Watched(self._source, deadline, advance))
+            except (EngineError, ValueError) as error:
+                return str(error)
+        return None
+
+    def _prove(self) -> str | None:
+        probe = self._probe
+        error, samples = None, None
+        try:
+            requests = [Request(probe.prompt, seed) for seed in range(probe.copies)]
+            samples = drain(self._engine.submit(requests, Decoding(probe.new_tokens, seed=1)), len(requests))
+        except EngineError as lost:
+            error = str(lost)
+        if samples is None:  # the others wait for this rank in the scoring
+            samples = [Sample(probe.prompt[:1], np.zeros(1, np.float32), "length", -1)] * probe.copies
+        scored = self._score([probe.prompt] * len(samples), [sample.token_ids for sample in samples])
+        if error is not None:
+            return error
+        gaps = [np.abs(sample.logprobs - logprobs).max() for sample, logprobs in zip(samples, scored, strict=True)]
+        self.worst = float(np.max(gaps))  # NaN stays NaN
+        if not self.worst <= probe.bound:
+            off = f"the engine's log-probabilities are off the policy's by {self.worst:.3g}, above {probe.bound:g}"
+            return f"rank {self._ranks.rank}: probe: {off}"
+        return None
+
+    def _restart(self, failed: Sequence[str | None]) -> None:
+        error = None
+        if failed[self._ranks.rank] is not None:
+            try:
+                self._engine.restart()
+            except EngineError as lost:
+                error = str(lost)
+        errors = self._ranks.all_gather(error)
+        if any(errors):
+            raise EngineError(f"an engine does not start again: {_joined(errors)}")
+
+
+class _Watched:
+    """A source that says where it is before each tensor."""
+
+    def __init__(self, source: WeightSource, deadline: Deadline, advance: Callable[[int], object]) -> None:
+        self._source, self._deadline, self._advance = source, deadline, advance
+
+    def metadata(self) -> list[TensorMeta]:
+        return self._source.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        tensors, metadata = iter(self._source), self._source.metadata()
+        for meta in metadata:
+            self._deadline.at(f"gathering {meta.name}")
+            item = next(tensors, None)
+            if item is None:
+                return
+            self._deadline.at(f"sending {meta.name}")
+            yield item
+            self._advance(1)
+        self._deadline.at("after the last tensor")
+        yield from tensors
+
+
+def _joined(errors: Sequence[str | None]) -> str:
+    return "; ".join(error for error in errors if error is not None)

@@ -1,0 +1,95 @@
+"""Builds the engine that a configuration names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from rollout.engine import Engine
+from rollout.ranks import Ranks
+from rollout.transformers_engine import TransformersEngine
+from rollout.vllm.child import VllmChild
+from rollout.vllm.engine import Deadlines, VllmEngine
+from rollout.vllm.settings import VllmSettings, kv_cache_bytes
+from rollout.weights.push import Sender
+from rollout.weights.sync import Probe
+from trainer.config import RunConfig
+from trainer.policy import load_causal_lm
+
+PROBE_TOKENS = 160
+"""More than the 128 of a CPU engine's cache block."""
+PROBE_NEW_TOKENS = 8
+
+
+def build_engine(
+    config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
+) -> Engine:
+    """Returns at once; a vLLM comes up beside whatever is built next."""
+    if config.engine.kind == "vllm":
+        return _colocated(config, ranks, device, dtype, end_token_ids)
+    return TransformersEngine(
+        load_causal_lm(config.model.path, dtype, attention="sdpa").to(device),
+        end_token_ids=end_token_ids,
+        tokens_per_batch=config.engine.tokens_per_batch,
+    )
+
+
+def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
+    """Fits the shortest context of the run."""
+    model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    room = max_tokens(config) - PROBE_NEW_TOKENS
+    bound = config.engine.probe_bound or (1e-3 if dtype is torch.float32 else 0.5)
+    return replace(Probe.of(model["vocab_size"], min(PROBE_TOKENS, room), bound), new_tokens=PROBE_NEW_TOKENS)
+
+
+def max_tokens(config: RunConfig) -> int:
+    """Of prompt and response together, over the run and its evaluations."""
+    prompt = max(stage.data.max_prompt_tokens for stage in config.stages)
+    return max(*(stage.context for stage in config.stages), prompt + config.evaluation_response_limit)
+
+
+def _colocated(
+    config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
+) -> VllmEngine:
+    engine = config.engine
+    return VllmEngine(
+        child_starter(config, ranks, device, dtype),
+        Sender(dtype, engine.wire, engine.chunk_mib << 20),
+        end_token_ids=end_token_ids,
+        deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
+        sleeps=device.type == "cuda",
+    )
+
+
+def child_starter(config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Callable[[], VllmChild]:
+    """What starts this rank's vLLM, each time anew."""
+    engine, path = config.engine, config.model.path
+    model = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    cache = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30)
+    if cache is None and device.type == "cpu":
+        cache = kv_cache_bytes(model, dtype.itemsize, engine.max_sequences, max_tokens(config))
+    settings = VllmSettings(
+        model=str(path.resolve()),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_tokens(config),
+        max_sequences=engine.max_sequences,
+        kv_cache_bytes=cache,
+        gpu_memory_fraction=engine.gpu_memory_fraction,
+        sleep=device.type == "cuda",
+        seed=config.seed,
+    )
+    name = f"rank {ranks.rank}'s vLLM"
+    log = config.run / f"vllm-rank{ranks.rank}.log"
+    return lambda: VllmChild(name, settings, log, threads=engine.threads, device=_visible(device))
+
+
+def _visible(device: torch.device) -> str | None:
+    """The device as CUDA_VISIBLE_DEVICES names it; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[device.index] if listed else str(device.index)

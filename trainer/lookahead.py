@@ -1,0 +1,69 @@
+"""One step off: the next step is sampled in a thread of each rank while this one trains.
+
+    step k:  take the batch that was sampled under version k - 1  →  push version k  →  start sampling step k + 1  →  train
+
+So every response is one policy step old when it is trained on, and a recovered one two. The paper's algorithm is on-policy but
+for what RSR recovers; this mode is a different one (docs/weight-sync.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rollout.sampler import Collected
+from trainer.checkpoint import RunState
+
+
+class Lookahead:
+    """At most one batch under way. `before`: the run's state when its sampling began, from which a run must continue that did not
+    train it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._outcome: Collected | BaseException | None = None
+        self.before: RunState | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._thread is not None
+
+    def start(self, before: RunState, collect: Callable[[], Collected]) -> None:
+        def work() -> None:
+            try:
+                self._outcome = collect()
+            except BaseException as error:
+                self._outcome = error
+
+        self.before = before
+        self._thread = threading.Thread(target=work, name="keju-lookahead", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until it is sampled; the batch stays here."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def take(self) -> Collected:
+        """The batch. Raises what its sampling raised."""
+        self.wait()
+        outcome, self._outcome, self._thread = self._outcome, None, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def quiet_beside(phase: Callable[..., AbstractContextManager]) -> Callable[..., AbstractContextManager]:
+    """The console's `phase` in the main thread, nothing in another: it shows one phase at a time."""
+
+    def quiet(*arguments: Any) -> AbstractContextManager:
+        return phase(*arguments) if threading.current_thread() is threading.main_thread() else nullcontext(_Nothing())
+
+    return quiet
+
+
+class _Nothing:
+    def advance(self, n: int = 1, **facts: object) -> None:
+        pass
