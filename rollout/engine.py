@@ -1,10 +1,10 @@
 """What an inference engine is to the rest: token ids in, token ids with log-probabilities and a weight version out.
 
-    engine.load(version, source)                      # collective: every rank iterates the source to its end
-    generation = engine.submit(requests, decoding)
-    while not generation.done:
-        for place, sample in generation.poll(0.5): …
-        generation.add(more)                          # where the engine streams
+engine.load(version, source)                      # collective: every rank iterates the source to its end
+generation = engine.submit(requests, decoding)
+while not generation.done:
+    for place, sample in generation.poll(0.5): …
+    generation.add(more)                          # where the engine streams
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Generation(Protocol):
         ...
 
     def poll(self, seconds: float) -> list[tuple[int, Sample]]:
-        """(place in the submitted requests, sample) of what has finished since the last call; waits up to `seconds` for the first.
-        Each place comes once. Raises EngineError where the engine is lost: what was not delivered will not come."""
+        """(place in the submitted requests, sample) of what has finished since the last call; waits up to `seconds` for the
+        first. Each place comes once. Raises EngineError where the engine is lost: what was not delivered will not come."""
         ...
 
     def abort(self) -> None:
@@ -89,8 +89,8 @@ class Engine(Protocol):
     def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> Generation: ...
 
     def load(self, version: int, source: WeightSource) -> None:
-        """Takes whole weights under the model's own parameter names, all or none: afterwards `version` is the new one, or None and
-        an exception was raised (ValueError for a name or shape that does not fit or is missing; EngineError for the rest). A
+        """Takes whole weights under the model's own parameter names, all or none: afterwards `version` is the new one, or None
+        and an exception was raised (ValueError for a name or shape that does not fit or is missing; EngineError for the rest). A
         collective: raises only after the source was iterated to its end, so that no other rank is left waiting."""
         ...
 

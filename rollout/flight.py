@@ -116,7 +116,7 @@ class Flight:
 
     def outcome(self) -> list[Round]:
         """Every round's complete groups; what is incomplete was aborted."""
-        ends = [*self._rounds[1:], len(self.drawn)]
+        ends = [*self._rounds, len(self.drawn)][1:]
         rounds = []
         for first, end in zip(self._rounds, ends, strict=True):
             groups = [self._groups[place] for place in range(first, end) if place in self._groups]

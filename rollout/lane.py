@@ -42,13 +42,15 @@ class Lane:
     """A context manager; the judging thread ends with it. `judging`: seconds that it has judged; `waited`: seconds of them that
     the rank had nothing else to wait for."""
 
-    def __init__(self, engine: Engine, judge: Judge, progress: Progress) -> None:
-        self._engine, self._judge, self._progress = engine, judge, progress
+    def __init__(self, engine: Engine, judge: Judge, progress: Progress, *, overlap: bool = True) -> None:
+        self._engine, self._judge, self._progress, self._overlap = engine, judge, progress, overlap
         self._generation: Generation | None = None
         self._jobs: list[Job] = []
         """Of the generation, by place in it."""
         self._unsampled: dict[tuple[int, int], Job] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keju-judge")
+        self._held: list[tuple[Job, Sample]] = []
+        """What waits to be judged until all is sampled, without overlap."""
         self._verdicts: list[Future[list[Judged]]] = []
         self.judging = 0.0
         self.waited = 0.0
@@ -83,8 +85,10 @@ class Lane:
             finished = [(self._jobs[at], sample) for at, sample in self._generation.poll(seconds)]
             for job, _ in finished:
                 del self._unsampled[job.place, job.output]
-            if finished:
-                self._verdicts.append(self._thread.submit(self._judge_all, finished))
+            self._held += finished
+            if self._held and (self._overlap or not self._unsampled):
+                self._verdicts.append(self._thread.submit(self._judge_all, self._held))
+                self._held = []
         elif self._verdicts:
             start = time.perf_counter()
             wait(self._verdicts[:1], timeout=seconds)

@@ -99,7 +99,7 @@ class Orders:
     stalled: str = ""
     prompts: tuple[tuple[int, Prompt, np.ndarray], ...] = ()
     """A round's (place, prompt, token ids), without those that are too long."""
-    round: int = 0
+    round: int = -1
     score: tuple[Group, ...] = ()
 
 
@@ -134,7 +134,7 @@ what befell each rank's. Raises EngineError, on every rank, where that fails."""
 
 class Sampler:
     """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`. recover: None where a lost
-    engine ends the step."""
+    engine ends the step. overlap: False for one thing after the other, with the same outcome."""
 
     def __init__(
         self,
@@ -145,6 +145,8 @@ class Sampler:
         phase: Callable[..., Any],
         seed: int,
         recover: Recover | None = None,
+        *,
+        overlap: bool = True,
     ) -> None:
         self._engine = engine
         self._judge = judge
@@ -153,6 +155,7 @@ class Sampler:
         self._phase = phase
         self._seed = seed
         self._recover = recover
+        self._overlap = overlap
         self._restarts = 0 if recover is None else RECOVERIES
         self.state = SamplerState()
 
@@ -214,11 +217,12 @@ class Sampler:
         seconds = {"score_early": 0.0}
         start = time.perf_counter()
         rounds = 0
-        with ExitStack() as phases, Lane(self._engine, self._judge, lambda n, tokens: self._advance(n, tokens)) as lane:
+        streams = self._engine.streams and self._overlap
+        with ExitStack() as phases, Lane(self._engine, self._judge, self._advance, overlap=self._overlap) as lane:
             self._facts = {}
             while True:
                 first = flying.flight is not None
-                orders = self._ranks.broadcast(decide(flying, self._engine.streams, self._ids) if first else None)
+                orders = self._ranks.broadcast(decide(flying, streams, self._ids) if first else None)
                 if orders.failed or orders.stalled:
                     self._quietly(lane.abort)
                     raise EngineError(orders.failed) if orders.failed else SamplingStalled(orders.stalled)
@@ -324,8 +328,8 @@ def decide(flying: _Flying, streams: bool, encode: Callable[[Prompt], np.ndarray
             return Orders(failed="; ".join(each for each in lost if each) + again)
         flying.restarts_left -= 1
         return Orders(lost=lost)
-    enough = bool(flight.rounds) and flight.finished() >= flight.needed
-    if enough and (flight.landed or flying.abort):
+    enough = flight.finished() >= flight.needed
+    if enough and (flying.abort or (flight.rounds and flight.landed)):
         return Orders(ended=True)
     prompts = tuple(flying.draw(flight)) if streams or flight.landed else ()
     if not prompts and flight.landed:

@@ -9,6 +9,7 @@ request but /health. Checked here, the process then becomes vLLM's (`rollout.vll
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import ipaddress
 import json
@@ -28,12 +29,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(arguments: list[str]) -> int:
-    become_server(checked(arguments))
+    options = parser().parse_args(arguments)
+    become_server(checked(options), options.threads)
 
 
-def checked(arguments: list[str]) -> ServeSettings:
-    """The command line, all of it possible on this machine as far as can be told without vLLM. Raises InputError."""
-    options = _parser().parse_args(arguments)
+def checked(options: argparse.Namespace) -> ServeSettings:
+    """All of it possible on this machine, as far as can be told without vLLM. Raises InputError."""
     config = _config(options.model, load=options.load)
     longest = config.get("max_position_embeddings")
     max_model_len = options.max_model_len or longest
@@ -62,22 +63,23 @@ def checked(arguments: list[str]) -> ServeSettings:
     )
 
 
-def become_server(settings: ServeSettings) -> NoReturn:
-    """Replaces this process: one less that could outlive another."""
+def become_server(settings: ServeSettings, threads: int) -> NoReturn:
+    """Replaces this process: one less that could outlive another. threads: OpenMP's, in each process of the server."""
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # else there are no weight routes; `KeyGuard` stands before them
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not import the main module, which registers us
     }
-    kept = environment(threads=1, device=None) | ours
+    kept = environment(threads, device=None) | ours
     del kept["TORCHDYNAMO_DISABLE"]  # that is for CPUs, which only vLLM can tell
+    kept.pop("VLLM_API_KEY", None)  # a second key, on some routes only
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, "-m", "rollout.vllm.server_plugin", settings.to_json()], kept)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m rollout.serve", description="Start one vLLM server for rollouts and weight pushes.")
-    add = parser.add_argument
+def parser() -> Parser:
+    commands = Parser(prog="python -m rollout.serve", description="Start one vLLM server for rollouts and weight pushes.")
+    add = commands.add_argument
     add("model", type=Path, metavar="MODEL", help="Hugging Face folder")
     add("--host", default="127.0.0.1", help=f"anything but loopback needs {KEY_VARIABLE} in the environment")
     add("--port", type=_port, default=8000)
@@ -87,8 +89,9 @@ def _parser() -> Parser:
     add("--kv-cache-gib", type=_gib, metavar="GIB", help="default: what is free on a GPU, what all sequences need on a CPU")
     add("--tensor-parallel", type=_count, default=1, metavar="N", help="GPUs that share the model")
     add("--quantization", metavar="METHOD", help="as vLLM names it")
+    add("--threads", type=_count, default=1, metavar="N", help="OpenMP threads; on a CPU with nothing else to do, its cores")
     add("--load", action="store_true", help="load the folder's weights instead of waiting for a push")
-    return parser
+    return commands
 
 
 def _config(folder: Path, *, load: bool) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class EngineConfig(Section):
     tokens_per_batch: Positive = 65536
     """transformers: upper bound on sequences × context of one `generate` call on one rank."""
     max_sequences: Positive = 256
-    """vllm: sequences decoded at once by one engine."""
+    """Sequences decoded at once by one vLLM; of a server the ranks' shares together, so at most its --max-sequences."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
     """vllm: memory of the key-value cache of one engine; None: on a CPU what max_sequences × the longest context needs, on a GPU
     what gpu_memory_fraction leaves."""
@@ -189,6 +189,9 @@ class EngineConfig(Section):
     """vllm on a CPU: OpenMP threads of one engine. More than one stall each other wherever anything else runs beside."""
     servers: tuple[str, ...] = ()
     """vllm-server: base addresses, such as http://127.0.0.1:8000."""
+    sync_host: str | None = None
+    """vllm-server: address of rank 0's host under which the servers' hosts reach it. Weights then go to all of them by broadcast
+    (NCCL, or gloo without a GPU). None: every server is on rank 0's host and maps its memory."""
     api_key_env: str = "KEJU_API_KEY"
     """vllm-server: environment variable that holds the servers' key; unset or empty: none is sent."""
     wire: Literal["engine", "float8"] = "engine"
@@ -206,6 +209,9 @@ class EngineConfig(Section):
     """Largest difference in nats that a push's probe may show between engine and policy; None: 1e-3 where both compute in fp32,
     else 0.5."""
 
+    overlap: bool = True
+    """Judge outputs, and begin rounds that are certain to be needed, while the rest of a batch still decodes. False: one after
+    the other, with the same outcome."""
     score_early: bool | None = None
     """Recompute the log-probabilities of groups that are certain of their place while the rest of a batch still decodes. None:
     with vllm-server, where engine and policy do not share a device. With batch.mini_batches 1."""
@@ -222,6 +228,9 @@ class EngineConfig(Section):
             raise ValueError("score_early and one_step_off exclude each other: the weights that score do not exist yet")
         if self.kind == "vllm-server" and not self.servers:
             raise ValueError("servers is empty: kind vllm-server needs at least one, such as servers: [http://127.0.0.1:8000]")
+        for server in self.servers:
+            if not re.fullmatch(r"https?://[^/\s]+", server):
+                raise ValueError(f"servers: {server!r} is not a base address such as http://127.0.0.1:8000")
         return self
 
 
@@ -326,6 +335,12 @@ class RunConfig(Section):
     @property
     def evaluation_response_limit(self) -> int:
         return self.evaluation.max_new_tokens or self.stages[-1].response_limit
+
+    @property
+    def max_tokens(self) -> int:
+        """Of prompt and response together, over the run and its evaluations."""
+        prompt = max(stage.data.max_prompt_tokens for stage in self.stages)
+        return max(*(stage.context for stage in self.stages), prompt + self.evaluation_response_limit)
 
     def stage_of(self, step: int) -> int:
         """Index of the stage that step belongs to. Steps count from 0 over the whole run."""

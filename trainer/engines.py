@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from rollout.engine import Engine
+from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
 from rollout.vllm.engine import Deadlines, VllmEngine
+from rollout.vllm.server_engine import ServerEngine
 from rollout.vllm.settings import VllmSettings, kv_cache_bytes
+from rollout.weights.broadcast import Broadcast
 from rollout.weights.push import Sender
 from rollout.weights.sync import Probe
+from rollout.weights.transport import CudaIpc, SharedMemory, Transport
 from trainer.config import RunConfig
 from trainer.policy import load_causal_lm
 
 PROBE_TOKENS = 160
 """More than the 128 of a CPU engine's cache block."""
 PROBE_NEW_TOKENS = 8
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_engine(
-    config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
+    config: RunConfig,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    end_token_ids: Sequence[int],
+    note: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Returns at once; a vLLM comes up beside whatever is built next."""
+    """Returns at once; a vLLM comes up beside whatever is built next. A collective. note: the console's."""
     if config.engine.kind == "vllm":
         return _colocated(config, ranks, device, dtype, end_token_ids)
+    if config.engine.kind == "vllm-server":
+        return _servers(config, ranks, device, dtype, end_token_ids, note)
     return TransformersEngine(
         load_causal_lm(config.model.path, dtype, attention="sdpa").to(device),
         end_token_ids=end_token_ids,
@@ -41,28 +55,60 @@ def build_engine(
 def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
     """Fits the shortest context of the run."""
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
-    room = max_tokens(config) - PROBE_NEW_TOKENS
+    room = config.max_tokens - PROBE_NEW_TOKENS
     bound = config.engine.probe_bound or (1e-3 if dtype is torch.float32 else 0.5)
     return replace(Probe.of(model["vocab_size"], min(PROBE_TOKENS, room), bound), new_tokens=PROBE_NEW_TOKENS)
-
-
-def max_tokens(config: RunConfig) -> int:
-    """Of prompt and response together, over the run and its evaluations."""
-    prompt = max(stage.data.max_prompt_tokens for stage in config.stages)
-    return max(*(stage.context for stage in config.stages), prompt + config.evaluation_response_limit)
 
 
 def _colocated(
     config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
 ) -> VllmEngine:
     engine = config.engine
+    transport = CudaIpc(device) if device.type == "cuda" else SharedMemory()
     return VllmEngine(
         child_starter(config, ranks, device, dtype),
-        Sender(dtype, engine.wire, engine.chunk_mib << 20),
+        Sender(dtype, engine.wire, engine.chunk_mib << 20, transport),
         end_token_ids=end_token_ids,
         deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
         sleeps=device.type == "cuda",
     )
+
+
+def _servers(
+    config: RunConfig,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    end_token_ids: Sequence[int],
+    note: Callable[[str], None],
+) -> ServerEngine:
+    engine = config.engine
+    sender = Sender(dtype, engine.wire, engine.chunk_mib << 20, server_transport(config, device))
+    return ServerEngine(
+        engine.servers,
+        rank=ranks.rank,
+        version_prefix=ranks.broadcast(secrets.token_hex(8) if ranks.first else None),
+        end_token_ids=end_token_ids,
+        sender=sender if ranks.first else None,
+        deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
+        concurrency=max(1, engine.max_sequences // ranks.size),
+        api_key_env=engine.api_key_env,
+        note=note,
+    )
+
+
+def server_transport(config: RunConfig, device: torch.device) -> Transport:
+    """How weights reach the servers: shared memory or CUDA IPC where all of them are on this host, else a broadcast to each
+    host."""
+    if config.engine.sync_host is not None:
+        return Broadcast(config.engine.sync_host, device, config.engine.sync_seconds)
+    away = [url for url in config.engine.servers if urllib.parse.urlsplit(url).hostname not in LOOPBACK]
+    if away:
+        raise InputError(
+            f"engine.servers: {away[0]} is not on this host: set engine.sync_host to the address under which it reaches this "
+            "one, and weights go to it by broadcast"
+        )
+    return CudaIpc(device) if device.type == "cuda" else SharedMemory()
 
 
 def child_starter(config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Callable[[], VllmChild]:
@@ -71,11 +117,11 @@ def child_starter(config: RunConfig, ranks: Ranks, device: torch.device, dtype: 
     model = json.loads((path / "config.json").read_text(encoding="utf-8"))
     cache = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30)
     if cache is None and device.type == "cpu":
-        cache = kv_cache_bytes(model, dtype.itemsize, engine.max_sequences, max_tokens(config))
+        cache = kv_cache_bytes(model, dtype.itemsize, engine.max_sequences, config.max_tokens)
     settings = VllmSettings(
         model=str(path.resolve()),
         dtype=str(dtype).removeprefix("torch."),
-        max_model_len=max_tokens(config),
+        max_model_len=config.max_tokens,
         max_sequences=engine.max_sequences,
         kv_cache_bytes=cache,
         gpu_memory_fraction=engine.gpu_memory_fraction,

@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_PREFIXES = ("time/", "rate/", "memory/")
 PHASES = ("sample", "reward", "score", "update", "sync", "checkpoint", "evaluate")
 """The parts of a step; time/<phase> is in seconds."""
-LEDGER_FATES = ("trained", "recovered", "uniform", "expired", "failed", "pending")
+LEDGER_FATES = ("trained", "recovered", "uniform", "expired", "aborted", "failed", "pending")
 """What became of the prompts drawn so far; ledger/<fate> are counts that sum to ledger/drawn."""
 
 

@@ -1,15 +1,15 @@
 """How far the sampler's log-probabilities lie from the trainer's: measured each step, bounded, and on request corrected.
 
-With d = logprob recomputed - logprob sampled, over the tokens that the scoring weights themselves sampled (a recovered response is
-one policy step old and differs by what was learned since), on all ranks and in all mini-batches of a step:
+With d = logprob recomputed - logprob sampled, over the tokens that the scoring weights themselves sampled (a recovered response
+is one policy step old and differs by what was learned since), on all ranks and in all mini-batches of a step:
 
     mismatch/mean, max, p999   mean, maximum and 99.9th percentile of |d|, nats
     mismatch/k3                mean of exp(d) - 1 - d: the k3 estimate of KL(sampler ‖ trainer), as the tokens are the sampler's
                                (J. Schulman, "Approximating KL divergence": samples of q, r = p/q, (r - 1) - log r → KL(q ‖ p))
     mismatch/beyond            share of tokens with |d| above the token bound
 
-The percentile is read off a histogram of log |d|, which ranks and mini-batches can add up: bins of 1 % each, so the geometric middle
-of a bin is within 0.5 % of every value in it, from 1e-8 (below it: 0) to 1e3 (above it: the maximum).
+The percentile is read off a histogram of log |d|, which ranks and mini-batches can add up: bins of 1 % each, so the geometric
+middle of a bin is within 0.5 % of every value in it, from 1e-8 (below it: 0) to 1e3 (above it: the maximum).
 
 A log-probability of -inf or NaN counts as beyond, and mean, k3 and maximum become infinite or NaN: nothing is masked.
 """
@@ -148,7 +148,8 @@ def alarm_line(step: int, row: dict[str, float], bounds: Bounds) -> str:
         f"step {step}: sampler and trainer disagree: mean |Δ log-probability| {row['mismatch/mean']:.3g} nats, bound "
         f"{bounds.mean:.3g} (p99.9 {row['mismatch/p999']:.3g}, max {row['mismatch/max']:.3g}, k3 {row['mismatch/k3']:.3g}, "
         f"{row['mismatch/beyond']:.2%} of tokens beyond {bounds.token:.3g}); look at the weight push (engine.wire, its probe), "
-        "at the engine's dtype and kernels, and at mismatch/* over the last steps; objective.tis_cap bounds what it does to the loss"
+        "at the engine's dtype and kernels, and at mismatch/* over the last steps; objective.tis_cap bounds what it does to the "
+        "loss"
     )
 
 
@@ -162,7 +163,7 @@ def calm_line(step: int, row: dict[str, float], bounds: Bounds) -> str:
 def tis_weights(recomputed_R: Tensor, sampled_R: Tensor, cap: float) -> Tensor:
     """Truncated importance weights: min(π_trainer / π_sampler, cap) of each token, both of them constants to the gradient.
 
-    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training". Advantages are multiplied by
-    them: max(-r A, -clip(r) A) · w = max(-r (A w), -clip(r) (A w)) for w ≥ 0, so the policy term takes them and no other does.
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training". Advantages are multiplied
+    by them: max(-r A, -clip(r) A) · w = max(-r (A w), -clip(r) (A w)) for w ≥ 0, so the policy term takes them and no other does.
     """
     return (recomputed_R - sampled_R).detach().exp().clamp(max=cap)

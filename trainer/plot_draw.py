@@ -37,6 +37,7 @@ FATE_COLORS = {
     "recovered": GREEN,
     "uniform": "#C8C8C8",
     "expired": VERMILION,
+    "aborted": ORANGE,
     "failed": "#000000",
     "pending": YELLOW,
 }

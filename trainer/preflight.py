@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import dataclass
 
+from rollout.errors import InputError
 from rollout.prompts import PromptSource, read_prompts
 from rollout.types import Prompt
 from trainer.config import PromptsFile, RunConfig
@@ -25,6 +28,7 @@ def check_run(config: RunConfig) -> Inputs:
     check_model_folder(config.model.path)
     if any(stage.objective.kl_coefficient > 0 for stage in config.stages) and config.model.reference is not None:
         check_model_folder(config.model.reference)
+    check_engine(config)
     sources: dict[str, PromptSource] = {}
     for stage in config.stages:
         file = stage.data.train
@@ -32,6 +36,20 @@ def check_run(config: RunConfig) -> Inputs:
         if key not in sources:
             sources[key] = PromptSource(read(file), seed=config.seed)
     return Inputs(sources, {each.name: read(each)[: each.limit] for each in config.evaluation.sets})
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raises InputError where the engine's package is missing or the model's positions do not reach as far as the run's
+    contexts."""
+    if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError("engine.kind: vllm needs the package vllm; run: make setup, or set engine.kind to transformers")
+    model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    positions = model.get("max_position_embeddings")
+    if config.engine.kind != "transformers" and positions and not model.get("rope_scaling") and config.max_tokens > positions:
+        raise InputError(
+            f"{config.model.path}/config.json: max_position_embeddings: {positions} is less than the {config.max_tokens} tokens "
+            "of the run's longest context or evaluation; lower stages[].context or evaluation.max_new_tokens"
+        )
 
 
 def source_key(file: PromptsFile) -> str:

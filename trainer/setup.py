@@ -52,7 +52,7 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids = end_tokens(config.model.path, tokenizer)
     precision = precision_of(config.model, device)
-    engine = build_engine(config, ranks, device, precision, end_token_ids)
+    engine = build_engine(config, ranks, device, precision, end_token_ids, console.note)
     reward = Reward(
         verifier,
         tokenizer,
@@ -76,7 +76,9 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         meeting, recover = ranks.another(config.parallel.timeout_seconds), None
     else:
         meeting, recover = ranks, sync.recover
-    sampler = Sampler(engine, reward, encode, meeting, quiet_beside(console.phase), config.seed, recover)
+    sampler = Sampler(
+        engine, reward, encode, meeting, quiet_beside(console.phase), config.seed, recover, overlap=config.engine.overlap
+    )
     return Parts(actor, engine, sync, sampler, verifier, device, precision)
 
 

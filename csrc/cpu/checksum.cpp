@@ -3,7 +3,6 @@
 
 #include "checksum.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
@@ -13,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "bf16.h"
 #include "capability.h"
@@ -23,8 +25,10 @@ namespace {
 
 // Targets from this size on are written past the caches: nothing of them would stay there anyway.
 constexpr int64_t kStreamedBytes = int64_t{4} << 20;
-// Blocks a thread should have at least: some tens of microseconds.
-constexpr int64_t kLeastBlocks = 64;
+// Blocks that a thread takes at a time: some tens of microseconds.
+constexpr int64_t kShare = 256;
+// Shares for which another thread is worth its start.
+constexpr int64_t kLeastShares = 4;
 
 const ChecksumKernels& kernels_in_force() {
 #if defined(KEJU_X86)
@@ -93,12 +97,26 @@ int64_t run(const Work& work, int64_t threads) {
   const int64_t blocks = work.bytes / kChecksumBlock;
   // A sum modulo 2^64 does not depend on who adds what first.
   std::atomic<uint64_t> total{0};
-  if (threads == 1) {
-    total = work.whole_blocks(kernel, 0, blocks);
-  } else {
-    const int64_t grain = std::max((blocks + threads - 1) / threads, kLeastBlocks);
-    at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { total += work.whole_blocks(kernel, first, last - first); });
+  std::atomic<int64_t> next{0};
+  const auto take_shares = [&] {
+    uint64_t sum = 0;
+    for (int64_t first; (first = next.fetch_add(kShare)) < blocks;) {
+      sum += work.whole_blocks(kernel, first, std::min(kShare, blocks - first));
+    }
+    total += sum;
+  };
+  // Not OpenMP: its threads wait for each other spinning, on cores that the engine at the other end of a push could use, and stall
+  // where there are fewer cores than threads.
+  std::vector<std::thread> helpers;
+  for (int64_t count = std::min(threads, blocks / (kShare * kLeastShares)); count > 1; --count) {
+    try {
+      helpers.emplace_back(take_shares);
+    } catch (const std::system_error&) {
+      break;  // no more threads are to be had; the shares are taken all the same
+    }
   }
+  take_shares();
+  for (std::thread& helper : helpers) helper.join();
   if (work.bytes % kChecksumBlock != 0) total += work.last_block(blocks);
   return static_cast<int64_t>(mix(total + static_cast<uint64_t>(work.bytes + 1) * kGolden));
 }

@@ -1,1 +1,2 @@
-"""vLLM as a rollout engine. Importing this package does not import vLLM: `worker.py` and `transfer.py` do, in vLLM's own process."""
+"""vLLM as a rollout engine. Importing this package does not import vLLM: `worker.py` and `transfer.py` do, in vLLM's own
+process."""

@@ -43,7 +43,8 @@ class Channel:
             raise ChannelClosed(str(error)) from None
 
     def receive(self, seconds: float | None) -> Message | None:
-        """The next message; None where none is complete within `seconds` (None: waits for ever). Raises ChannelClosed at the end."""
+        """The next message; None where none is complete within `seconds` (None: waits for ever). Raises ChannelClosed at the
+        end."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while (message := self._parse()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())

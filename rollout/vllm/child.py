@@ -1,7 +1,7 @@
 """Starts, asks and ends the process that holds a colocated vLLM (`rollout.vllm.worker`). The rank's side; imports no vLLM.
 
-The process is exec'd, never forked: vLLM inside a rank hangs, or rewires the rank's process. It sees none of torchrun's variables,
-which would make it join the trainer's group.
+The process is exec'd, never forked: vLLM inside a rank hangs, or rewires the rank's process. It sees none of torchrun's
+variables, which would make it join the trainer's group.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class VllmChild:
         self._send(kind, arrays=arrays, **fields)
 
     def receive(self, seconds: float, call: str) -> Message | None:
-        """The next message, None where there is none within `seconds`. Raises EngineError where the process is gone or refuses."""
+        """The next message, None where there is none within `seconds`. Raises EngineError where the process is gone or
+        refuses."""
         try:
             message = self._channel.receive(seconds)
         except ChannelClosed:

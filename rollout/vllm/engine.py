@@ -11,8 +11,8 @@ import numpy as np
 
 from rollout.engine import Decoding, EngineError, Progress, Request, drain
 from rollout.types import Sample
-from rollout.vllm.child import VllmChild
 from rollout.vllm.channel import Message
+from rollout.vllm.child import VllmChild
 from rollout.weights.push import Sender
 from rollout.weights.source import WeightSource
 
@@ -108,12 +108,17 @@ class _ChildReceiver:
     def __init__(self, engine: VllmEngine) -> None:
         self._engine, self._child, self._seconds = engine, engine._child, engine._deadlines.sync
         self.name = engine._child.name
+        self.workers = 1
+        self.identity = engine._child.pid
 
     def begin(self, version: int, manifest: list[dict[str, Any]]) -> None:
         self._engine.ready()
         if self._engine._asleep:
             self._child.ask("wake", self._seconds, tags=["weights"])
         self._child.ask("begin", self._seconds, version=version, manifest=manifest)
+
+    def connect(self, info: dict[str, Any]) -> None:
+        self._child.ask("connect", self._seconds, info=info)
 
     def chunk(self, chunk: dict[str, Any]) -> None:
         self._child.ask("chunk", self._seconds, chunk=chunk)

@@ -202,14 +202,17 @@ class ServerClient:
                 async with asyncio.timeout_at(self._deadline()):
                     data = await response.content.readany()
             except TimeoutError:
-                # Another output of this server may have been heard meanwhile: then it is at work, and this one waits its turn.
-                if time.monotonic() - self._heard >= self._silence:
-                    raise
-            else:
+                # It may have been this process that slept: then the bytes are there.
+                data = response.content.read_nowait()
                 if not data:
-                    raise ServerFault("ended the connection in the middle of an output")
-                self._heard = time.monotonic()
-                return data
+                    # Another output of this server may have been heard: then it is at work, and this one waits its turn.
+                    if time.monotonic() - self._heard >= self._silence:
+                        raise
+                    continue
+            if not data:
+                raise ServerFault("ended the connection in the middle of an output")
+            self._heard = time.monotonic()
+            return data
 
     def _deadline(self) -> float:
         """In the loop's time."""

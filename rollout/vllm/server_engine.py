@@ -29,7 +29,8 @@ Result = TypeVar("Result")
 
 
 class ServerEngine:
-    """One a rank.
+    """One a rank. With a sender over shared memory or CUDA IPC the servers run on rank 0's host, as its user; with one over a
+    broadcast they may be anywhere.
 
     urls: base addresses of all servers, the same on every rank. version_prefix: the run's own, the same on every rank and another
     one in each process start, so that no server passes for one with this run's weights. sender: on rank 0, who pushes; the other
@@ -282,12 +283,20 @@ class _Receiver:
     def __init__(self, engine: ServerEngine, server: Server) -> None:
         self._engine, self._server, self._seconds = engine, server, engine._deadlines.sync
         self.name = server.url
+        self.identity = (server.url, server.instance)
+
+    @property
+    def workers(self) -> int:
+        return self._ask("GET", "/get_world_size")["world_size"]
 
     def begin(self, version: int, manifest: list[dict[str, Any]]) -> None:
         self._post("/pause?mode=abort&clear_cache=true")
         self._post("/update_weight_version", {"new_version": f"{self._engine._weights(version)}:incomplete"})
         self._post("/start_weight_update")
         self._post("/update_weights", {"update_info": {"manifest": manifest}})
+
+    def connect(self, info: dict[str, Any]) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": info})
 
     def chunk(self, chunk: dict[str, Any]) -> None:
         self._post("/update_weights", {"update_info": {"chunk": chunk}})

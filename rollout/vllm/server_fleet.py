@@ -28,7 +28,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 @dataclass(slots=True, eq=False)
 class Server:
     """holds: the version string it is thought to have; None: it gets no outputs until a push. fault: why it is marked; None: it
-    is not. last: its last fault, marked or not. outstanding: tokens, prompt and longest response, of the outputs it works on."""
+    is not. last: its last fault, marked or not. outstanding: tokens, prompt and longest response, of the outputs it works on.
+    pushed: the version string that the last push gave it; instance: counted up each time it reports another, because it was
+    started anew or left in the middle of a push."""
 
     client: ServerClient
     holds: str | None = None
@@ -36,6 +38,8 @@ class Server:
     last: str = "was not asked"
     outstanding: int = 0
     outputs: int = 0
+    pushed: str | None = None
+    instance: int = 0
 
     @property
     def url(self) -> str:
@@ -75,15 +79,14 @@ class Fleet:
         end = time.monotonic() + seconds
         for pause in pauses():
             left = end - time.monotonic()
+            if left <= 0:
+                raise self.error(f"no server answered within {seconds:g} s")
             faults = await asyncio.gather(*(self._asked(server, min(left, PROBE_SECONDS)) for server in self.servers))
             if None in faults:
                 return
             if all(fault.refused for fault in faults):
                 raise self.error("every server refuses")
-            left = end - time.monotonic()
-            if left <= 0:
-                raise self.error(f"no server answered within {seconds:g} s")
-            await asyncio.sleep(min(pause, left))
+            await asyncio.sleep(min(pause, max(0.0, end - time.monotonic())))
 
     async def forget(self) -> None:
         """No server holds anything; no mark stands."""
@@ -96,6 +99,7 @@ class Fleet:
         await self.settle()
         for server in self.servers:
             server.holds = weights if server in servers else None
+            server.pushed = server.holds
             server.fault = None if server in servers else server.last
 
     async def begin(self) -> None:
@@ -174,10 +178,11 @@ class Fleet:
 
     async def _asked(self, server: Server, seconds: float) -> ServerFault | None:
         try:
-            await server.client.weights(seconds)
+            reported = await server.client.weights(seconds)
         except ServerFault as fault:
             server.last = str(fault)
             return fault
+        server.instance += reported != server.pushed
         return None
 
     async def _admit(self, servers: Sequence[Server]) -> None:

@@ -16,7 +16,6 @@ import hmac
 import json
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,11 +80,8 @@ def vllm_arguments(settings: ServeSettings, *, cpu: bool) -> list[str]:
     if cache is not None:
         arguments["--kv-cache-memory-bytes"] = str(cache)
     has_tokenizer = any((Path(settings.model) / name).exists() for name in TOKENIZER_FILES)
-    flags = [
-        "--enable-prefix-caching",
-        "--enable-scale-out" if has_tokenizer else "--tokens-only",
-        "--disable-uvicorn-access-log",
-    ]
+    token_route = "--enable-scale-out" if has_tokenizer else "--tokens-only"  # without a tokenizer there is nothing else
+    flags = ["--enable-prefix-caching", "--disable-uvicorn-access-log", token_route]
     if cpu:
         # A request with a seed dies there when its prompt is cut: vLLM would wind back its generator, which CPUs' cannot.
         arguments["--max-num-batched-tokens"] = str(max(settings.max_model_len, PREFILL_TOKENS))
@@ -175,7 +171,7 @@ def die_with_parent() -> None:
     """The kernel kills this process when the thread that started it ends, however it ends. Linux."""
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -30,7 +30,8 @@ class VllmSettings:
 
 
 def kv_cache_bytes(config: dict, dtype_bytes: int, sequences: int, tokens: int, block: int = 128) -> int:
-    """Enough for `sequences` of `tokens` each, from a model's config.json: 2 · layers · key-value heads · head dimension · tokens."""
+    """Enough for `sequences` of `tokens` each, from a model's config.json: 2 · layers · key-value heads · head dimension ·
+    tokens."""
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     dimension = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     per_token = 2 * config["num_hidden_layers"] * heads * dimension * dtype_bytes

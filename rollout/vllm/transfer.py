@@ -41,9 +41,17 @@ BACKEND = "keju"
 
 
 def register() -> None:
-    """Makes `weight_transfer_config={"backend": "keju"}` known to vLLM; its plugin entry point calls this in each process."""
+    """Makes `weight_transfer_config={"backend": "keju"}` known to vLLM in this process; once is enough."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, KejuTransferEngine)
+
+
+class WorkerExtension:
+    """Where an engine's workers are processes of their own (tensor parallel), `worker_extension_cls=EXTENSION` makes each of them
+    import this module, and so know the backend."""
+
+
+EXTENSION = f"{__name__}.{WorkerExtension.__name__}"
 
 
 @dataclass
@@ -96,10 +104,14 @@ class KejuTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        if update_info.manifest is not None:
-            self._take_manifest(update_info.manifest)
-        if update_info.chunk is not None:
-            self._take_chunk(update_info.chunk)
+        try:
+            if update_info.manifest is not None:
+                self._take_manifest(update_info.manifest)
+            if update_info.chunk is not None:
+                self._take_chunk(update_info.chunk)
+        except Exception:
+            self._inbox.leave()
+            raise
 
     def finish_weight_update(self) -> None:
         update = self._update
@@ -181,3 +193,6 @@ def _pack_tied_head(model: nn.Module) -> None:
     if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight.device.type != "cpu":
         return
     head.quant_method.process_weights_after_loading(head)
+
+
+register()  # importing is all that vLLM's workers do: see WorkerExtension

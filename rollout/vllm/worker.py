@@ -8,7 +8,7 @@ its end of the socket. It answers one message after the other, and samples betwe
 | (settings, as the first line)                         | ready                                                               |
 | generate (requests: token ids, seeds; how to decode)  | samples, as they finish; progress, at least once a second           |
 | abort                                                 | aborted                                                             |
-| begin, chunk, commit                                  | done, or refused with a reason                                      |
+| begin, connect, chunk, commit                         | done, or refused with a reason                                      |
 | sleep, wake (tags)                                    | done                                                                |
 
 After `begin` nothing is sampled until `commit`.
@@ -50,9 +50,10 @@ class Worker:
     """One engine and its end of the channel."""
 
     def __init__(self, settings: Any, channel: Any) -> None:
-        from rollout.vllm.transfer import BACKEND, register
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        from rollout.vllm.transfer import BACKEND, register
 
         register()
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
@@ -70,7 +71,8 @@ class Worker:
                 skip_tokenizer_init=True,
                 enforce_eager=_on_cpu(),
                 enable_prefix_caching=True,
-                # On a CPU a request with a seed dies when its prompt is cut: vLLM would wind back its generator, which CPUs' cannot.
+                # On a CPU a request with a seed dies when its prompt is cut: vLLM would wind back its generator, which CPUs'
+                # cannot.
                 enable_chunked_prefill=not _on_cpu(),
                 max_num_batched_tokens=max(settings.max_model_len, PREFILL_TOKENS),
                 logprobs_mode="processed_logprobs",  # under the distribution sampled from, temperature included
@@ -82,6 +84,7 @@ class Worker:
             )
         )
         self._version: int | None = None
+        self._coming: int | None = None
         self._places: dict[str, int] = {}
         self._sampled = 0
         self._reported = time.monotonic()
@@ -179,11 +182,15 @@ class Worker:
     # weights
 
     def _on_begin(self, version: int, manifest: list[dict[str, Any]]) -> dict[str, Any]:
-        self._version = None
+        self._version, self._coming = None, version
         if self._places:
             raise RuntimeError("a push may not begin while outputs are being sampled")
         self._rpc("start_weight_update")
         self._rpc("update_weights", {"manifest": manifest})
+        return {"kind": "done"}
+
+    def _on_connect(self, info: dict[str, Any]) -> dict[str, Any]:
+        self._rpc("init_weight_transfer_engine", info)
         return {"kind": "done"}
 
     def _on_chunk(self, chunk: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +198,8 @@ class Worker:
         return {"kind": "done"}
 
     def _on_commit(self, version: int) -> dict[str, Any]:
+        if version != self._coming:
+            raise RuntimeError(f"asked to commit version {version}, but {self._coming} was begun")
         self._rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be dropped")

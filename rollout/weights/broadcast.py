@@ -11,7 +11,7 @@ their deadline at the latest over NCCL.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -25,6 +25,8 @@ from rollout.errors import EngineError
 
 Backend = Literal["gloo", "nccl"]
 POLL_SECONDS = 1e-3
+OVER = "over"
+"""The store's key that says that nobody need wait any more."""
 UNHURRIED = timedelta(days=1)
 """NCCL's own timeout, whose end would be the process's; ours comes first."""
 
@@ -53,15 +55,25 @@ class Meeting:
 class Group:
     """One member of a group. Constructing it waits until all are there.
 
-    store: rank 0's own, which then is the one that the others find at host and port; None for those. rank: in the group.
-    Raises EngineError where they are not all there in time, or a broadcast fails or is late; a group in which one failed is over.
+    rank: in the group. store: rank 0's own, the one that the others find at host and port; None for those. stopped: whether
+    waiting is in vain. Raises EngineError where they are not all there in time, or a broadcast fails or is late; a group in which
+    one failed is over.
     """
 
-    def __init__(self, meeting: Meeting, rank: int, device: torch.device, store: TCPStore | None = None) -> None:
-        self._meeting, self._rank, self._device = meeting, rank, device
+    def __init__(
+        self,
+        meeting: Meeting,
+        rank: int,
+        device: torch.device,
+        store: TCPStore | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._meeting, self._rank, self._device, self._stopped = meeting, rank, device, stopped
+        self._store, self._backend = store, None
         deadline = timedelta(seconds=meeting.seconds)
         try:
             self._store = store or TCPStore(meeting.host, meeting.port, timeout=deadline, wait_for_workers=False)
+            self._wait_for_all()
             self._backend = _backend(meeting, PrefixStore("keju-weights", self._store), rank, device, deadline)
             self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))  # NCCL meets at the first collective
         except (RuntimeError, ValueError) as error:
@@ -91,17 +103,30 @@ class Group:
 
     def close(self) -> None:
         """Leaves; those who wait for this member learn it as soon as the backend can tell them."""
-        backend, self._backend, self._store = getattr(self, "_backend", None), None, None
+        if self._rank == 0 and self._store is not None:
+            self._store.set(OVER, "")  # for those who still wait in the meeting
+        backend, self._backend, self._store = self._backend, None, None
         if backend is not None and self._meeting.backend == "nccl":
             backend.abort()  # not shutdown(), which would wait for a broadcast that nobody takes part in any more
 
+    def _wait_for_all(self) -> None:
+        """Until all have come: what follows, NCCL's above all, has no end of its own where one does not."""
+        self._store.add("here", 1)
+        self._poll(lambda: self._store.add("here", 0) == self._meeting.world_size, "not all have come")
+
+    def _poll(self, done: Callable[[], bool], what: str) -> None:
+        """Raises RuntimeError."""
+        end = time.monotonic() + self._meeting.seconds
+        while not done():
+            if self._stopped() or self._store.check([OVER]):
+                raise RuntimeError("another failed")
+            if time.monotonic() > end:
+                raise RuntimeError(what)
+            time.sleep(POLL_SECONDS)
+
     def _wait_for_device(self, work: Any) -> None:
         """Polls: NCCL's own wait only makes the stream wait, and has no end where a member is gone."""
-        end = time.monotonic() + self._meeting.seconds
-        while not work.is_completed():
-            if time.monotonic() > end:
-                raise RuntimeError(f"nothing for {self._meeting.seconds:g} s")
-            time.sleep(POLL_SECONDS)
+        self._poll(work.is_completed, "not done in time")
         work.wait()  # raises what went wrong; and the stream that reads the bytes comes behind NCCL's
         torch.cuda.current_stream(self._device).synchronize()
 
@@ -203,7 +228,7 @@ class _Root:
 
     def connect(self, invitation: tuple[Meeting, torch.device, TCPStore]) -> None:
         meeting, device, store = invitation
-        self._group = Group(meeting, 0, device, store)
+        self._group = Group(meeting, 0, device, store, lambda: self.over)
 
     def chunk(self, chunk: dict[str, Any]) -> None:
         sent = chunk["buffer"]
@@ -211,8 +236,12 @@ class _Root:
 
     def commit(self, version: int) -> None: ...
 
-    def leave(self) -> None:
+    def stop(self) -> None:
+        """From any thread: nothing more is worth waiting for."""
         self.over = True
+
+    def leave(self) -> None:
+        self.stop()
         if self._group is not None:
             self._group.close()
 

@@ -45,7 +45,8 @@ class SharedBuffer:
         """What was written can be read."""
 
     def close(self) -> None:
-        """Gives the name back; the memory goes with the last view of it."""
+        """Gives the name back; the memory goes with the last view of it, here or elsewhere."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -30,7 +30,7 @@ class Inbox:
     def connect(self, meeting: Meeting, worker: int) -> None:
         """Leaves the broadcast's group of before and joins another, as number `worker` of this engine's workers; waits until all
         are there. Raises EngineError."""
-        self._leave()
+        self.leave()
         self._group = Group(meeting, meeting.rank_offset + worker, self._device)
 
     def receive(self, buffer: dict[str, Any]) -> Tensor:
@@ -48,10 +48,17 @@ class Inbox:
             return self._broadcast(nbytes)
         raise ValueError(f"a chunk's buffer is none of path, cuda, broadcast: {sorted(buffer)}")
 
+    def leave(self) -> None:
+        """Leaves the broadcast's group, of which the update that failed was the last: who waits for this worker learns it."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+        self._received = torch.empty(0, dtype=torch.uint8)
+
     def close(self) -> None:
         """Lets go of everything."""
         self._open.clear()
-        self._leave()
+        self.leave()
 
     def _kept(self, key: Hashable, open_it: Callable[[], Tensor]) -> Tensor:
         if key not in self._open:
@@ -69,9 +76,3 @@ class Inbox:
         received = self._received[:nbytes]
         self._group.broadcast(received)
         return received
-
-    def _leave(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group = None
-        self._received = torch.empty(0, dtype=torch.uint8)

@@ -151,8 +151,8 @@ class Lanes:
             self._submit(lane, "connect", (info,))
 
     def stand_together(self, root: Any) -> None:
-        """From here on the first that fails ends the push for all. root: the trainer's own end, called as the receivers are; its
-        `leave` is called where the push ends so."""
+        """From here on the first that fails ends the push for all. root: the trainer's own end, called as the receivers are;
+        where the push ends so, `stop` is called at once and `leave` behind what it is doing."""
         self._root = _Lane(root, self._on_error)
 
     def wait(self, count: int) -> None:
@@ -199,6 +199,7 @@ class Lanes:
     def _give_up(self) -> None:
         """What has not been called yet never is."""
         if not self._given_up and self._root is not None:
+            self._root.receiver.stop()
             self._root.run(self._root.receiver.leave)  # in its own thread: not under a broadcast
         self._given_up = True
 
@@ -208,7 +209,7 @@ class _Lane:
 
     def __init__(self, receiver: Any, on_error: Callable[[], None]) -> None:
         self.receiver, self.name, self.error = receiver, receiver.name, None
-        self._on_error = on_error
+        self._on_error: Callable[[], None] | None = on_error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keju-push")
         self._tasks: list[Future] = []
 
@@ -240,6 +241,7 @@ class _Lane:
     def close(self) -> None:
         self.wait(0)
         self._pool.shutdown()
+        self._on_error = None  # or receivers would live until a collection of cycles
 
     def _abandon(self, why: str) -> None:
         with contextlib.suppress(EngineError, ValueError):

@@ -5,7 +5,7 @@
     probe       each engine continues a fixed prompt; the policy scores what came; the log-probabilities must agree
     agree
 
-Where one rank fails, its engine is started anew and the push repeated for all; where the second attempt fails too, every rank raises.
+Where one rank fails, its engine is started anew and the push repeated for all; where that fails too, every rank raises.
 The probe's prompt is longer than a block of the prefix cache and comes twice, so a cache that outlived the push shows. Engines
 start with random weights, so on the first push the probe shows a tensor that never arrives on some path; later it shows gross
 damage, and the checksums the rest.
@@ -160,19 +160,21 @@ class _Watched:
 
     def __init__(self, source: WeightSource, deadline: Deadline, advance: Callable[[int], object]) -> None:
         self._source, self._deadline, self._advance = source, deadline, advance
+        self._metadata = source.metadata()
 
     def metadata(self) -> list[TensorMeta]:
-        return self._source.metadata()
+        return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        tensors, metadata = iter(self._source), self._source.metadata()
-        for meta in metadata:
+        tensors = iter(self._source)
+        for meta in self._metadata:
             self._deadline.at(f"gathering {meta.name}")
             item = next(tensors, None)
             if item is None:
                 return
             self._deadline.at(f"sending {meta.name}")
             yield item
+            del item  # or two would be whole while the next is gathered
             self._advance(1)
         self._deadline.at("after the last tensor")
         yield from tensors

@@ -44,7 +44,7 @@ class Broken(Contender):
     name = "peer A"
     operations = ("logprob_entropy",)
 
-    def function(self, case, inputs):  # noqa: ARG002
+    def function(self, case, inputs):
         raise RuntimeError("no kernel image\nis available")
 
 
@@ -71,7 +71,7 @@ class WrongGradient(Eager):
 class Huge(Eager):
     name = "peer D"
 
-    def working_bytes(self, case):  # noqa: ARG002
+    def working_bytes(self, case):
         return 1 << 60
 
 

@@ -77,7 +77,30 @@ def data_of(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
 
 
-SIZES = [0, 1, 2, 3, 4, 7, 8, 9, 63, 64, 65, 511, 4095, 4096, 4097, 4104, 8191, 8192, 8193, 3 * 4096 + 17, 17 * 4096, 70 * 4096 + 5]
+SIZES = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    63,
+    64,
+    65,
+    511,
+    4095,
+    4096,
+    4097,
+    4104,
+    8191,
+    8192,
+    8193,
+    3 * 4096 + 17,
+    17 * 4096,
+    70 * 4096 + 5,
+]
 
 
 @pytest.mark.parametrize("count", SIZES)
@@ -189,9 +212,8 @@ SPECIAL = [0.0, -0.0, INF, -INF, NAN, 1.0, -1.0, 1e-45, -1e-45, 1e-40, 1.1754944
 def fp32(count: int, seed: int = 0) -> Tensor:
     """Every kind of bit pattern: numbers of all sizes, NaN of all payloads, subnormals; the special ones spread over them."""
     numbers = random_bytes(4 * count, seed).view(torch.float32).clone()
-    for place, value in enumerate(SPECIAL * (1 + count // 97)):
-        if 5 * place < count:
-            numbers[5 * place] = value
+    special = torch.tensor(SPECIAL, dtype=torch.float64).to(torch.float32)
+    numbers[::5] = special.repeat(1 + count // len(special))[: len(numbers[::5])]
     return numbers
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine import Decoding, EngineError, Request
+from rollout.engine import Decoding, EngineError, Request, drain
+from rollout.ranks import Ranks
 from rollout.vllm.child import VllmChild
 from rollout.vllm.engine import Deadlines, VllmEngine
 from rollout.vllm.settings import VllmSettings, kv_cache_bytes
 from rollout.weights.push import Sender
 from rollout.weights.sync import Probe, WeightSync
-from rollout.ranks import Ranks
 from tests.rollout.tiny_models import ModelSource, continuation_logits, greedy_agreement, largest_gap, save, tiny_qwen2
 
 pytestmark = [
@@ -248,8 +248,7 @@ def test_a_worker_killed_during_generation_is_an_error_and_recovers(engine):
     time.sleep(0.3)
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="signal 9"):
-        while not generation.done:
-            generation.poll(1.0)
+        drain(generation, 32)
     sync.recover(["its process ended"])
     assert engine.version == 6
     prompts = prompts_of(1000)

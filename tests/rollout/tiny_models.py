@@ -36,7 +36,8 @@ def save(model: nn.Module, folder: Path) -> Path:
 
 
 class ModelSource:
-    """`rollout.weights.source.WeightSource` of a plain model. change: what is done to each (name, tensor), None to leave it out."""
+    """`rollout.weights.source.WeightSource` of a plain model. change: what is done to each (name, tensor), None to leave it
+    out."""
 
     def __init__(self, model: nn.Module, change: Callable[[str, Tensor], Tensor | None] | None = None) -> None:
         self._model, self._change = model, change

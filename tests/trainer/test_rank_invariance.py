@@ -49,7 +49,8 @@ def results(tmp_path_factory) -> dict[int, dict]:
     """ranks → repr(case) → what `tiny_policy.train` gives."""
     folder = tmp_path_factory.mktemp("ranks")
     several = {ranks: launch(ranks, folder) for ranks in RANKS if ranks > 1}
-    # On one thread like them: where a vectorised function's tail falls, which has other roundings, depends on the number of threads.
+    # On one thread like them: where a vectorised function's tail falls, which has other roundings, depends on the number of
+    # threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
