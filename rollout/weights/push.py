@@ -91,7 +91,7 @@ class Sender:
         self, version: int, metadata: list[TensorMeta], tensors: Iterator[tuple[str, Tensor]], receivers: Sequence[Receiver]
     ) -> dict[str, EngineError | ValueError]:
         chunks = plan(metadata, self._dtype, self._wire, self._least_bytes)
-        buffers = self._buffers_of(largest(chunks))
+        buffers = self._buffers_of(min(BUFFERS, len(chunks)), largest(chunks))
         manifest = [{"name": meta.name, "shape": list(meta.shape)} for meta in metadata]
         with Lanes(receivers) as lanes:
             lanes.call("begin", version, manifest)
@@ -108,10 +108,12 @@ class Sender:
                 lanes.call("commit", version)
         return lanes.errors()
 
-    def _buffers_of(self, nbytes: int) -> list[Buffer]:
-        if not self._buffers or self._buffers[0].nbytes < nbytes:
-            self._release()  # before there are larger ones
-            self._buffers = [self._transport.buffer(nbytes) for _ in range(BUFFERS)] if nbytes else []
+    def _buffers_of(self, count: int, nbytes: int) -> list[Buffer]:
+        """Those of the push before, where they are enough."""
+        if len(self._buffers) < count or any(buffer.nbytes < nbytes for buffer in self._buffers):
+            self._release()  # before there are others
+            for _ in range(count):
+                self._buffers.append(self._transport.buffer(nbytes))
         return self._buffers
 
     def _release(self) -> None:

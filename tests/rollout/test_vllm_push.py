@@ -24,7 +24,9 @@ from rollout.engine import EngineError
 from rollout.types import Sample
 from rollout.vllm.child import environment
 from rollout.weights.broadcast import Broadcast
+from rollout.weights.buffers import SharedBuffer
 from rollout.weights.push import Sender
+from rollout.weights.wire import plan
 from tests.rollout.tiny_models import ModelSource, greedy_agreement, save, tiny_qwen2
 
 pytestmark = [
@@ -206,6 +208,25 @@ def test_an_update_that_is_abandoned_does_not_spoil_the_next(engine, transport):
             trainer.send(1, Short(policy(8)), [engine])
         assert trainer.send(2, ModelSource(policy(9)), [engine]) == {}
         assert holds(engine, policy(9))
+
+
+def test_half_a_layer_of_an_abandoned_update_is_forgotten(engine):
+    """Gate and up are one matrix of vLLM's, assembled when as many numbers have come as it has: twice gate is as many."""
+    source = ModelSource(policy(8))
+    weights = dict(source)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    ((place,),) = plan([meta for meta in source.metadata() if meta.name == name], torch.float32, "engine", 1)
+    buffer = SharedBuffer(place.end)
+    try:
+        engine.begin(1, [{"name": meta.name, "shape": list(meta.shape)} for meta in source.metadata()])
+        engine.chunk({"buffer": buffer.address(place.end), "tensors": [push.write(weights[name], place, buffer)]})
+        with pytest.raises(EngineError, match="the trainer gave the push up: for a test"):
+            engine.chunk({"abandon": "for a test"})
+    finally:
+        buffer.close()
+    with sender("shared memory") as trainer:
+        assert trainer.send(2, ModelSource(policy(9)), [engine]) == {}
+    assert holds(engine, policy(9))
 
 
 def flip(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -153,6 +153,7 @@ def test_chunks_are_as_large_as_asked_for():
         sender.close()
     assert receiver.calls == ["begin", 0, "commit"]
     assert is_whole(receiver, source)
+    assert len(receiver._inbox._open) == 1, "one chunk needs one buffer"
 
 
 def test_a_slow_receiver_keeps_its_buffer_until_it_has_answered(sender):

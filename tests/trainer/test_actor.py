@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from tiny_policy import Naive, batches, build_actor, difference, one_rank, shift_old, stage, whole_weights
+from tiny_policy import Naive, batches, build_actor, difference, one_rank, shift_old, stage, whole_gradients, whole_weights
 
-from trainer.actor import learning_rate
+from trainer.actor import Scoring, learning_rate, loss_inputs
+from trainer.batch import MiniBatch
 from trainer.config import ActorConfig, ObjectiveConfig
 
 
@@ -145,3 +147,43 @@ def test_recovered_responses_do_not_count_as_mismatch(mesh):
     assert one_fresh.fresh_tokens == len(batch.sequences[2].response)
     assert 0 < scored.mismatch.gap_sum < all_fresh.mismatch.gap_sum
     assert scored.mean_entropy == all_fresh.mean_entropy
+
+
+@pytest.mark.parametrize("first", [1, 5, 11])
+def test_scoring_in_parts_is_scoring_at_once(mesh, first):
+    """What was scored while the rest was sampled: the same sums, and the same gradient to rounding."""
+    config = stage(ObjectiveConfig(entropy_target=0.1, entropy_coefficient=0.5, tis_cap=1.2), mini=1)
+    (batch,) = batches(config)
+    results = []
+    for parts in ([batch], [MiniBatch(batch.sequences[:first]), MiniBatch(batch.sequences[first:])]):
+        actor = build_actor(mesh, config)
+        scoring = Scoring(actor, config, token_bound=0.5)
+        for part in parts:
+            scoring.add(part)
+        scored = scoring.finish(batch)
+        shift_old([scored])
+        sums = actor._gradient_pass(scored, config, 1.0, lambda *_: None)
+        results.append((scored, sums, whole_gradients(actor.policy)))
+    (one, sums, gradients), (two, sums_of_parts, gradients_of_parts) = results
+    assert two.mean_entropy == pytest.approx(one.mean_entropy, rel=1e-6)
+    assert two.mismatch.gap_sum == pytest.approx(one.mismatch.gap_sum, rel=1e-6)
+    assert (two.mismatch.tokens, two.mismatch.beyond) == (one.mismatch.tokens, one.mismatch.beyond)
+    assert (two.tis_weight, two.tis_capped) == pytest.approx((one.tis_weight, one.tis_capped), rel=1e-6)
+    assert sums_of_parts == pytest.approx(sums, rel=1e-5, abs=1e-6)
+    assert difference(gradients_of_parts, gradients) < 1e-5
+
+
+def test_truncated_importance_weights_scale_the_policy_term_alone(mesh):
+    """By hand: each token's advantage times min(exp(recomputed - sampled), cap); the entropy term and the clip stay."""
+    for cap in (0.9, 1.05, 50.0):
+        config = stage(ObjectiveConfig(tis_cap=cap), mini=1)
+        actor = build_actor(mesh, config)
+        (scored,) = actor.score(batches(config), config)
+        for micro in scored.micro:
+            plain = loss_inputs(micro, stage(ObjectiveConfig(), mini=1), 0.25)
+            weighted = loss_inputs(micro, config, 0.25)
+            ratio = np.minimum(np.exp(micro.old_logprob_R.numpy() - micro.sampled_logprob_R.numpy()), cap)
+            np.testing.assert_allclose(weighted.advantage_T.numpy(), plain.advantage_T.numpy() * ratio, rtol=1e-6)
+            assert weighted.entropy_weight == plain.entropy_weight == 0.25
+            assert not weighted.advantage_T.requires_grad
+    assert plain.advantage_T is micro.advantage_R, "without a cap nothing is touched"
