@@ -6,7 +6,8 @@
 # Needs python3 with torch ≥ 2.11 and Triton ≥ 3.6, a C++ compiler and nvcc; no network, no .venv, no make. Wheels of peers in ./.whl
 # are installed beside (into a temporary folder, with nothing that they depend on). $COMMIT names what is measured where there is
 # no clone. Each stage has its own limit, the next one runs whatever happened, and the last lines are a summary; the exit code is
-# not 0 if any stage failed. STAGES="build tests" runs only these; SUITE_SECONDS is the suite's limit, within which gates whose
+# not 0 if any stage failed. STAGES="build tests" runs only these; "sync", a weight push beside a device copy, runs only where it is
+# named (STAGES="build sync": the time of all is more than one command gets). SUITE_SECONDS is the suite's limit, within which gates whose
 # cases were not reached count as broken.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,8 @@ stage tune 40 python3 -m benchmarks.kernels --tune --device cuda --out "$OUT"
 # The gates are judged by the figures of the same run, whose first cases they are.
 minutes=$(python3 -c "print(max(1, $SUITE_SECONDS - 55) / 60)")
 stage suite "$SUITE_SECONDS" python3 -m benchmarks.kernels --full --gate --device cuda --minutes "$minutes" --out "$OUT"
+
+stage sync 240 python3 -m benchmarks.weight_sync --sizes 0.1b,1.5b,14b --out "$OUT/weight_sync-gpu.json"
 
 echo "=== summary, $SECONDS s in all"
 printf '%s\n' "${summary[@]}"

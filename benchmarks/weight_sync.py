@@ -45,6 +45,7 @@ from rollout.weights.push import Receiver, Sender
 from rollout.weights.source import TensorMeta
 from rollout.weights.transport import CudaIpc, SharedMemory, Transport
 from trainer import cli
+from trainer.config import EngineConfig
 from trainer.environment import provenance, version_of
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,28 +67,23 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The keys of a config.json that say the shapes."""
 COPY_BYTES = 512 << 20
-CHUNK_BYTES = 256 << 20
-"""`engine.chunk_mib`'s default."""
+CHUNK_BYTES = EngineConfig.model_fields["chunk_mib"].default << 20
 ROUND_SECONDS = 60.0
 LIMIT = 3.0
 """What a push may cost, in plain copies, at GATED."""
 GATED = "1.5b"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(options.threads)
-    if options.huge_pages:
-        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES  # for vLLM's process; this one has started
     before = os.getloadavg()[0]
     sizes = {size: measure(size, device, options) for size in options.sizes}
     record = {
         "threads": options.threads,
         "engine_threads": options.engine_threads,
         "chunk_bytes": CHUNK_BYTES,
-        "huge_pages_in_vllm": options.huge_pages,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "load_average": {"before": before, "after": os.getloadavg()[0]},
         "sizes": sizes,
@@ -105,7 +101,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", default="0.1b,1.5b", help=f"of {', '.join(MODELS)}; 14b needs a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="the trainer's, and the copy's")
     parser.add_argument("--engine-threads", type=int, default=1, help="vLLM's (engine.threads)")
-    parser.add_argument("--huge-pages", action="store_true", help=f"start vLLM with GLIBC_TUNABLES={HUGE_PAGES}")
     parser.add_argument("--rounds", type=int, default=5, help="at least so many")
     parser.add_argument("--gate", action="store_true", help=f"exit 1 where a push at {GATED} costs more than {LIMIT:g} copies")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -397,7 +392,7 @@ def gate(sizes: dict[str, Any]) -> dict[str, Any]:
     timings = sizes.get(GATED, {}).get("timings", {})
     if "push" not in timings:
         return {}
-    measured = {name: timings[name]["copies"] for name in ("transfer", "push")}
+    measured = {name: timings[name]["copies"] for name in ("transfer", "push", "vLLM alone")}
     return {"limit": LIMIT, "size": GATED, **measured, "held": measured["push"] <= LIMIT}
 
 
@@ -422,8 +417,8 @@ def show(record: dict[str, Any]) -> None:
     if verdict := record["gate"]:
         held = "held" if verdict["held"] else "NOT held"
         console.print(
-            f"gate at {verdict['size']}: a push ≤ {verdict['limit']:g} copies: {held} ({verdict['push']:.2f}; of it the transfer "
-            f"{verdict['transfer']:.2f}, the rest vLLM's own load)"
+            f"gate at {verdict['size']}: a push ≤ {verdict['limit']:g} copies: {held} ({verdict['push']:.2f}; the transfer "
+            f"alone {verdict['transfer']:.2f}, vLLM's process alone {verdict['vLLM alone']:.2f})"
         )
 
 

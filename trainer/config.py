@@ -197,7 +197,7 @@ class EngineConfig(Section):
     wire: Literal["engine", "float8"] = "engine"
     """How weights travel. engine: in the engine's compute dtype. float8: matrices as e4m3 with a scale per output channel, half
     the bytes, and the sampler then differs from the policy by the rounding."""
-    chunk_mib: Positive = 256
+    chunk_mib: Positive = 64
     """Least size of a transfer buffer; it grows to the largest layer."""
     start_seconds: float = Field(default=600.0, gt=0)
     """Deadline for an engine to be ready."""

@@ -92,6 +92,7 @@ def _servers(
         sender=sender if ranks.first else None,
         deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
         concurrency=max(1, engine.max_sequences // ranks.size),
+        patience=min(60.0, engine.start_seconds),
         api_key_env=engine.api_key_env,
         note=note,
     )

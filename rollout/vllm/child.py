@@ -129,6 +129,7 @@ def environment(threads: int, device: str | None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device is None:
+        ours["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # a reload's time is first touches of fresh pages
         ours["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there but a sampler's detail, for seconds
     else:
         ours["CUDA_VISIBLE_DEVICES"] = device

@@ -5,9 +5,12 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -197,3 +200,56 @@ def test_an_engine_that_cannot_start_ends_the_run_with_one_line_and_what_was_lea
     assert "vllm-rank0.log" in line
     assert "Traceback" not in errors
     assert not json.loads(json.dumps(list(run.glob("checkpoints/*.tmp")), default=str))
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def server(tiny):
+    """(address, process) of a vLLM server without weights, as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = command(tiny / "warm", "--port", port, "--max-model-len", "128", "--max-sequences", "64", "--dtype", "float32",
+                      module="rollout.serve")  # fmt: skip
+    # Its log goes nowhere: a full pipe would stop it.
+    for stream in (process.stdout, process.stderr):
+        threading.Thread(target=stream.read, daemon=True).start()
+    deadline = time.monotonic() + 240
+    while not answers(f"http://127.0.0.1:{port}/health"):
+        assert process.poll() is None, "it did not come up"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}", process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_on_a_server_and_what_becomes_of_it_when_the_server_dies(tiny, tmp_path, server):
+    """Two ranks share one server, and score groups while others are sampled; then the server is killed, and the run stops with
+    what it learnt, to go on when there is one again."""
+    url, serving = server
+    run = tmp_path / "served"
+    engine = ("model: {", f"engine: {{kind: vllm-server, servers: [{url}], max_sequences: 64, start_seconds: 15}}\nmodel: {{")
+    more = ("    steps: 2\n    context: 48", "    steps: 400\n    context: 48")
+    process = command(write_config(tiny, run, engine, ONE_MINI_BATCH, more), "--ranks", "2")
+    wait_for_rows(run, process, 6)
+    serving.kill()
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0, "no server is left"
+    rows = rows_of(run)
+    assert len(rows) >= 6
+    for row in rows:
+        fates = sum(row[f"ledger/{fate}"] for fate in ("trained", "uniform", "recovered", "expired", "aborted", "failed"))
+        assert row["ledger/drawn"] == fates + row["ledger/pending"]
+        assert row["path/engine"] == "vllm-server"
+        assert row["sync/probe"] < 1e-3
+    assert all(row["mismatch/max"] < 2e-5 for row in rows if "mismatch/max" in row)
+    assert f"stopped after step {rows[-1]['step']}, which is kept" in errors
+    assert url in errors
+    assert (run / f"checkpoints/step-{rows[-1]['step']:06d}/manifest.json").exists()
