@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -171,6 +172,9 @@ class StageConfig(Section):
         return self
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 class EngineConfig(Section):
     """Who samples. transformers: embedded, any machine. vllm: one vLLM beside each rank, in a process of its own. vllm-server:
     vLLM servers elsewhere (`python -m rollout.serve`)."""
@@ -231,6 +235,11 @@ class EngineConfig(Section):
         for server in self.servers:
             if not re.fullmatch(r"https?://[^/\s]+", server):
                 raise ValueError(f"servers: {server!r} is not a base address such as http://127.0.0.1:8000")
+            if self.sync_host is None and urlsplit(server).hostname not in LOOPBACK:
+                raise ValueError(
+                    f"servers: {server} is not on this host: set sync_host to the address under which it reaches this one, and "
+                    "weights go to it by broadcast"
+                )
         return self
 
 

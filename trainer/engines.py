@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from rollout.engine import Engine
-from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
@@ -28,8 +26,9 @@ from trainer.policy import load_causal_lm
 
 PROBE_TOKENS = 160
 """More than the 128 of a CPU engine's cache block."""
+SHORT_PROBE_TOKENS = 32
+"""For the embedded engine, which has no prefix cache."""
 PROBE_NEW_TOKENS = 8
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_engine(
@@ -55,9 +54,11 @@ def build_engine(
 def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
     """Fits the shortest context of the run."""
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
-    room = config.max_tokens - PROBE_NEW_TOKENS
+    length = min(
+        SHORT_PROBE_TOKENS if config.engine.kind == "transformers" else PROBE_TOKENS, config.max_tokens - PROBE_NEW_TOKENS
+    )
     bound = config.engine.probe_bound or (1e-3 if dtype is torch.float32 else 0.5)
-    return replace(Probe.of(model["vocab_size"], min(PROBE_TOKENS, room), bound), new_tokens=PROBE_NEW_TOKENS)
+    return replace(Probe.of(model["vocab_size"], length, bound), new_tokens=PROBE_NEW_TOKENS)
 
 
 def _colocated(
@@ -103,12 +104,6 @@ def server_transport(config: RunConfig, device: torch.device) -> Transport:
     host."""
     if config.engine.sync_host is not None:
         return Broadcast(config.engine.sync_host, device, config.engine.sync_seconds)
-    away = [url for url in config.engine.servers if urllib.parse.urlsplit(url).hostname not in LOOPBACK]
-    if away:
-        raise InputError(
-            f"engine.servers: {away[0]} is not on this host: set engine.sync_host to the address under which it reaches this "
-            "one, and weights go to it by broadcast"
-        )
     return CudaIpc(device) if device.type == "cuda" else SharedMemory()
 
 

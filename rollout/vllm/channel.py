@@ -23,24 +23,27 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
-    """One end. Not for two threads at once."""
+    """One end. Not for two threads at once. patience: seconds that the other end may take nothing of what is sent; None: for
+    ever.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._socket.setblocking(True)
+    What comes while something is sent is taken in: two ends that send to each other at once, more than a socket holds, would else
+    both wait for ever.
+    """
+
+    def __init__(self, connection: socket.socket, patience: float | None = None) -> None:
+        self._socket, self._patience = connection, patience
+        self._socket.setblocking(False)
         self._received = bytearray()
 
     def send(self, kind: str, *, arrays: dict[str, np.ndarray] | None = None, **fields: Any) -> None:
-        """Raises ChannelClosed where the other end is gone."""
+        """Raises ChannelClosed where the other end is gone, or takes nothing for too long."""
         arrays = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
         described = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
         header = json.dumps({"kind": kind, **fields, "arrays": described}).encode()
-        try:
-            self._socket.sendall(struct.pack("<I", len(header)) + header)
-            for array in arrays.values():
-                self._socket.sendall(memoryview(array).cast("B") if array.size else b"")
-        except OSError as error:
-            raise ChannelClosed(str(error)) from None
+        self._send_all(memoryview(struct.pack("<I", len(header)) + header))
+        for array in arrays.values():
+            if array.size:
+                self._send_all(memoryview(array).cast("B"))
 
     def receive(self, seconds: float | None) -> Message | None:
         """The next message; None where none is complete within `seconds` (None: waits for ever). Raises ChannelClosed at the
@@ -48,20 +51,46 @@ class Channel:
         deadline = None if seconds is None else time.monotonic() + seconds
         while (message := self._parse()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._socket], [], [], left)
-            if not ready:
+            if not self._ready(select.POLLIN, left):
                 return None
-            try:
-                data = self._socket.recv(1 << 20)
-            except OSError as error:
-                raise ChannelClosed(str(error)) from None
-            if not data:
-                raise ChannelClosed("end of stream")
-            self._received += data
+            self._take()
         return message
 
     def close(self) -> None:
         self._socket.close()
+
+    def _send_all(self, data: memoryview) -> None:
+        while data:
+            ready = self._ready(select.POLLIN | select.POLLOUT, self._patience)
+            if not ready:
+                raise ChannelClosed(f"the other end took nothing for {self._patience:g} s")
+            if ready & ~select.POLLOUT:
+                self._take()
+            elif ready & select.POLLOUT:
+                try:
+                    data = data[self._socket.send(data) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    raise ChannelClosed(str(error)) from None
+
+    def _ready(self, events: int, seconds: float | None) -> int:
+        """What poll says within `seconds`; 0 for nothing."""
+        poller = select.poll()  # not select(), which knows only the first 1024 descriptors
+        poller.register(self._socket, events)
+        found = poller.poll(None if seconds is None else 1000 * seconds)
+        return found[0][1] if found else 0
+
+    def _take(self) -> None:
+        try:
+            data = self._socket.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ChannelClosed(str(error)) from None
+        if not data:
+            raise ChannelClosed("end of stream")
+        self._received += data
 
     def _parse(self) -> Message | None:
         """The first message in what was received, taken out of it; None while it is not whole."""

@@ -21,6 +21,8 @@ from rollout.vllm.settings import VllmSettings
 
 SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_", "OMP_", "TORCH_NCCL_")
 """Beginnings of the variables that the process is not shown."""
+SEND_SECONDS = 300.0
+"""How long it may take nothing of what it is sent; it reads between two steps of decoding."""
 QUIET_SECONDS = 5.0
 """How long a process that was asked to go may take."""
 
@@ -44,7 +46,7 @@ class VllmChild:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self._channel = Channel(ours)
+        self._channel = Channel(ours, SEND_SECONDS)
         self._ready = False
         self._send("settings", settings=settings.to_json())
 

@@ -115,6 +115,16 @@ def test_no_stages(write):
         ("stages[1].data.train.answer_pattern='(.)'", "stages: train.jsonl is read with different columns or answer_pattern"),
         ("warmup={base: b, data: {path: p}, steps: 1, strip: ['(']}", "warmup: strip: '(' is no regular expression"),
         ("evaluation.sets=[{name: a, path: x}, {name: a, path: y}]", "evaluation.sets: two of the same name"),
+        ("engine.kind=vllm-server", "engine: servers is empty: kind vllm-server needs at least one"),
+        ("engine.servers=['127.0.0.1:8000']", "engine: servers: '127.0.0.1:8000' is not a base address"),
+        ("engine.servers=['http://gpu7:8000']", "engine: servers: http://gpu7:8000 is not on this host: set sync_host"),
+        ("engine.one_step_off=true", "engine: one_step_off needs an engine that samples beside the trainer"),
+        (
+            "engine={kind: vllm, one_step_off: true, score_early: true}",
+            "engine: score_early and one_step_off exclude each other",
+        ),
+        ("batch.abort_surplus=true", "stages[0]: batch.abort_surplus needs batch.dynamic: true"),
+        ("stages[1].batch.abort_surplus=true", "batch.abort_surplus needs an engine that streams"),
     ],
 )
 def test_impossible_combinations(write, override, expected):
@@ -122,8 +132,11 @@ def test_impossible_combinations(write, override, expected):
     assert refusal(path, override).startswith(f"{path}: {expected}")
 
 
+SERVERS = "engine={kind: vllm-server, servers: ['http://gpu7:8000', 'http://127.0.0.1:8001'], sync_host: 10.0.0.1}"
+
+
 def test_the_nearest_possible_values_are_accepted(write):
-    for override in ("stages[0].context=33", "batch.mini_batches=4", "actor.tokens_per_micro_batch=128"):
+    for override in ("stages[0].context=33", "batch.mini_batches=4", "actor.tokens_per_micro_batch=128", SERVERS):
         load_config(write(MINIMAL), [override])
 
 
