@@ -210,8 +210,8 @@ class EngineConfig(Section):
     sync_seconds: float = Field(default=300.0, gt=0)
     """Deadline of each wait in a weight push."""
     probe_bound: float | None = Field(default=None, gt=0)
-    """Largest difference in nats that a push's probe may show between engine and policy; None: 1e-3 where both compute in fp32,
-    else 0.5."""
+    """Largest difference in nats that a push's probe may show between engine and policy; None: 1e-3 where both compute in fp32
+    and weights travel as they are, else 0.5."""
 
     overlap: bool = True
     """Judge outputs, and begin rounds that are certain to be needed, while the rest of a batch still decodes. False: one after

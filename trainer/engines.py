@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from rollout.engine import Engine
+from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
@@ -54,10 +55,11 @@ def build_engine(
 def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
     """Fits the shortest context of the run."""
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    exact = dtype is torch.float32 and config.engine.wire == "engine"
     length = min(
         SHORT_PROBE_TOKENS if config.engine.kind == "transformers" else PROBE_TOKENS, config.max_tokens - PROBE_NEW_TOKENS
     )
-    bound = config.engine.probe_bound or (1e-3 if dtype is torch.float32 else 0.5)
+    bound = config.engine.probe_bound or (1e-3 if exact else 0.5)
     return replace(Probe.of(model["vocab_size"], length, bound), new_tokens=PROBE_NEW_TOKENS)
 
 
@@ -65,6 +67,8 @@ def _colocated(
     config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
 ) -> VllmEngine:
     engine = config.engine
+    if device.type == "cuda" and engine.one_step_off:
+        raise InputError("engine.one_step_off: kind vllm shares this GPU with the training; set engine.kind to vllm-server")
     transport = CudaIpc(device) if device.type == "cuda" else SharedMemory()
     return VllmEngine(
         child_starter(config, ranks, device, dtype),

@@ -2,6 +2,9 @@
 
     step k:  take the batch that was sampled under version k - 1  →  push version k  →  start sampling step k + 1  →  train
 
+A run that is stopped and goes on samples its first batch from the weights of then, so its later steps are not those that it would
+have had; its ledger is kept as ever.
+
 So every response is one policy step old when it is trained on, and a recovered one two. The paper's algorithm is on-policy but
 for what RSR recovers; this mode is a different one (docs/weight-sync.md).
 """
@@ -13,7 +16,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rollout.sampler import Collected
+from rollout.errors import EngineError
+from rollout.sampler import Collected, SamplingStalled
 from trainer.checkpoint import RunState
 
 
@@ -42,9 +46,13 @@ class Lookahead:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until it is sampled; the batch stays here."""
-        if self._thread is not None:
-            self._thread.join()
+        """Until it is sampled; the batch stays here, and so does what ends it on every rank alike. Raises what ended it on this
+        rank alone, a defect: the others wait for this one, and must see it go."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        if isinstance(self._outcome, BaseException) and not isinstance(self._outcome, (EngineError, SamplingStalled)):
+            raise self._outcome
 
     def take(self) -> Collected:
         """The batch. Raises what its sampling raised."""

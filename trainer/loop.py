@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from rollout.engine import Decoding, EngineError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
-from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState
+from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, Scoring
 from trainer.batch import MiniBatch, mini_batch, mini_batches
@@ -64,11 +64,13 @@ class TrainingLoop:
         stage = self.config.stages[self.config.stage_of(step)]
         clock = Clock()
         scoring = self.early_scoring(stage)
+        before = self.state(step)
         collected = self.collect(step, stage, scoring)
         kept = self.state(step)
         clock.lap("sample")
         if self.config.engine.one_step_off:
-            self.push_weights(step)
+            if (lost := self.try_push(step)) is not None:
+                self.stop(before, lost)
             self.look_ahead(step + 1)
         else:
             self.parts.engine.sleep()
@@ -102,7 +104,11 @@ class TrainingLoop:
             except EngineError as error:
                 self.console.note(f"step {step + 1}: {error}; sampled anew from the weights of now")
                 self.restore(self.ahead.before)
-                self.push_weights(step)
+                if (lost := self.try_push(step)) is not None:
+                    self.stop(self.state(step), lost)
+            except SamplingStalled:
+                self.keep(self.ahead.before)
+                raise
         before = self.state(step)
         early = None
         if scoring is not None:
@@ -112,6 +118,9 @@ class TrainingLoop:
             return self.parts.sampler.collect(self.draw(step, stage), self.source(stage), early)
         except EngineError as error:
             self.stop(before, error)
+        except SamplingStalled:
+            self.keep(before)
+            raise
 
     def look_ahead(self, step: int) -> None:
         """Starts sampling step `step`, unless the run ends before it."""
@@ -140,6 +149,11 @@ class TrainingLoop:
             scoring.add(part_of(rest, stage, step), advance)
         (whole,) = batches
         return [scoring.finish(whole)]
+
+    def keep(self, state: RunState) -> None:
+        """Before an end that a user can mend and go on from; of a run that has not learnt anything yet nothing is kept."""
+        if state.step:
+            self.save(state)
 
     def stop(self, state: RunState, error: EngineError) -> NoReturn:
         """No engine, no run: what was learnt so far is kept."""
@@ -260,7 +274,7 @@ class TrainingLoop:
             row["time/checkpoint"], self.checkpoint_seconds = self.checkpoint_seconds, 0.0
         return row | {
             "rate/sample": sampled / seconds["sample"],
-            "rate/update": trained / (seconds["score"] + seconds["update"]),
+            "rate/update": trained / (seconds["score"] + seconds["score_early"] + seconds["update"]),
             "memory/rss_gib": peak,
         }
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+REST_SECONDS = 1.0
+"""How long the rest of a message that has begun to come may take, where nobody waits for it."""
 Message = dict[str, Any]
 """{"kind": str, …fields, array name: array}."""
 
@@ -23,63 +25,75 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
-    """One end. Not for two threads at once. patience: seconds that the other end may take nothing of what is sent; None: for
-    ever.
+    """One end. Not for two threads at once.
 
-    What comes while something is sent is taken in: two ends that send to each other at once, more than a socket holds, would else
-    both wait for ever.
+    patience: seconds that the other end may take nothing of what is sent; None: for ever. What comes while something is sent is
+    taken in: two ends that send to each other at once, more than a socket holds, would else both wait for ever.
+    buffered: `send` never waits; what the socket does not hold goes with later calls of `send` and `receive`. For an end that has
+    other work than to wait for the other.
     """
 
-    def __init__(self, connection: socket.socket, patience: float | None = None) -> None:
-        self._socket, self._patience = connection, patience
+    def __init__(self, connection: socket.socket, patience: float | None = None, *, buffered: bool = False) -> None:
+        self._socket, self._patience, self._buffered = connection, patience, buffered
         self._socket.setblocking(False)
         self._received = bytearray()
+        self._outgoing = bytearray()
 
     def send(self, kind: str, *, arrays: dict[str, np.ndarray] | None = None, **fields: Any) -> None:
         """Raises ChannelClosed where the other end is gone, or takes nothing for too long."""
         arrays = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
         described = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
         header = json.dumps({"kind": kind, **fields, "arrays": described}).encode()
-        self._send_all(memoryview(struct.pack("<I", len(header)) + header))
-        for array in arrays.values():
-            if array.size:
-                self._send_all(memoryview(array).cast("B"))
+        # As one piece: a socket's room is counted in pieces too.
+        self._outgoing += b"".join([struct.pack("<I", len(header)), header, *(array.tobytes() for array in arrays.values())])
+        self._flush()
+        while self._outgoing and not self._buffered:
+            ready = self._ready(self._patience)
+            if not ready:
+                raise ChannelClosed(f"the other end took nothing for {self._patience:g} s")
+            self._serve(ready)
 
     def receive(self, seconds: float | None) -> Message | None:
-        """The next message; None where none is complete within `seconds` (None: waits for ever). Raises ChannelClosed at the
-        end."""
+        """The next message; None where none is there within `seconds` (None: waits for ever), but what has begun to come is
+        waited for. Raises ChannelClosed at the end."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while (message := self._parse()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._ready(select.POLLIN, left):
+            if left is not None and self._received:
+                left = max(left, REST_SECONDS)
+            ready = self._ready(left)
+            if not ready:
                 return None
-            self._take()
+            self._serve(ready)
         return message
 
     def close(self) -> None:
         self._socket.close()
 
-    def _send_all(self, data: memoryview) -> None:
-        while data:
-            ready = self._ready(select.POLLIN | select.POLLOUT, self._patience)
-            if not ready:
-                raise ChannelClosed(f"the other end took nothing for {self._patience:g} s")
-            if ready & ~select.POLLOUT:
-                self._take()
-            elif ready & select.POLLOUT:
-                try:
-                    data = data[self._socket.send(data) :]
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    raise ChannelClosed(str(error)) from None
-
-    def _ready(self, events: int, seconds: float | None) -> int:
-        """What poll says within `seconds`; 0 for nothing."""
+    def _ready(self, seconds: float | None) -> int:
+        """What can be done within `seconds`, as poll says it; 0 for nothing."""
+        if self._socket.fileno() < 0:
+            raise ChannelClosed("closed")
         poller = select.poll()  # not select(), which knows only the first 1024 descriptors
-        poller.register(self._socket, events)
+        poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
         found = poller.poll(None if seconds is None else 1000 * seconds)
         return found[0][1] if found else 0
+
+    def _serve(self, ready: int) -> None:
+        if ready & ~select.POLLOUT:
+            self._take()
+        if ready & select.POLLOUT:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sends what the socket has room for."""
+        try:
+            while self._outgoing:
+                del self._outgoing[: self._socket.send(self._outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ChannelClosed(str(error)) from None
 
     def _take(self) -> None:
         try:

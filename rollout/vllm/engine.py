@@ -86,7 +86,11 @@ class VllmEngine:
         """See `rollout.engine.Engine.sleep`."""
         if self._sleeps and not self._asleep:
             self._version = None
-            self._child.ask("sleep", self._deadlines.sync, level=2)
+            try:
+                self._child.ask("sleep", self._deadlines.sync, level=2)
+            except EngineError:
+                # Not this rank's alone to raise. Its memory is free now, and the next push finds it gone and starts another.
+                self._child.kill()
             self._asleep = True
 
     def restart(self) -> None:

@@ -35,7 +35,8 @@ def main(descriptor: int) -> int:
     from rollout.vllm.channel import Channel, ChannelClosed
     from rollout.vllm.settings import VllmSettings
 
-    channel = Channel(socket.socket(fileno=descriptor))
+    # Buffered: decoding goes on while the rank has other things to do than to read.
+    channel = Channel(socket.socket(fileno=descriptor), buffered=True)
     try:
         settings = VllmSettings.from_json(channel.receive(None)["settings"])
         worker = Worker(settings, channel)
@@ -85,6 +86,7 @@ class Worker:
         )
         self._version: int | None = None
         self._coming: int | None = None
+        self._max_sequences = settings.max_sequences
         self._places: dict[str, int] = {}
         self._sampled = 0
         self._reported = time.monotonic()
@@ -152,7 +154,7 @@ class Worker:
 
     def _step(self) -> None:
         finished = [output for output in self._engine.step() if output.finished and output.request_id in self._places]
-        self._sampled += len(self._places)
+        self._sampled += min(len(self._places), self._max_sequences)
         if finished:
             self._send_samples(finished)
         now = time.monotonic()
