@@ -17,6 +17,7 @@ from typing import Any
 
 from rollout.errors import InputError
 from trainer import cli
+from trainer.demo_task import prompt_row
 
 DIFFICULTIES = (
     {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "allow_negation": False},
@@ -49,13 +50,7 @@ def write_problems(folder: Path, seed: int) -> None:
         rows = []
         for number in range(count):
             entry = next(streams[number % len(streams)])
-            row = {
-                "id": f"{part}-{number:05d}",
-                "question": entry["question"],
-                "answer": entry["answer"],
-                "source": entry["metadata"]["source_dataset"],
-                "metadata": entry,
-            }
+            row = prompt_row(f"{part}-{number:05d}", entry)
             if part == "warmup":
                 row["solution"], row["answer"] = careless_solution(entry["metadata"]["expression"], teacher)
             rows.append(json.dumps(row, ensure_ascii=False))

@@ -59,17 +59,17 @@ def write_problems(folder: Path, seed: int) -> None:
         rows = []
         for number in range(count):
             entry, generator = next(stream)
-            row = {
-                "id": f"{part}-{number:05d}",
-                "question": entry["question"],
-                "answer": entry["answer"],
-                "source": entry["metadata"]["source_dataset"],
-                "metadata": entry,
-            }
+            row = prompt_row(f"{part}-{number:05d}", entry)
             if part == "warmup":
                 row["solution"], row["answer"] = worked_solution(entry["metadata"]["expression"], generator)
             rows.append(json.dumps(row, ensure_ascii=False))
         (folder / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def prompt_row(identity: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A row of a prompts file from reasoning-gym's entry, which its scorer needs whole."""
+    source = entry["metadata"]["source_dataset"]
+    return {"id": identity, "question": entry["question"], "answer": entry["answer"], "source": source, "metadata": entry}
 
 
 def _problems(seed: int) -> Iterator[tuple[dict[str, Any], random.Random]]:
