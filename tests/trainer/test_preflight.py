@@ -1,0 +1,32 @@
+"""What an engine needs, checked before anything is loaded."""
+
+import importlib.util
+import json
+
+import pytest
+
+from rollout.errors import InputError
+from trainer.config import RunConfig
+from trainer.preflight import check_engine
+
+
+def config_of(folder, kind, context=96, **model):
+    (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    stage = {"name": "one", "steps": 1, "context": context, "data": {"train": {"path": "x"}, "max_prompt_tokens": 32}}
+    return RunConfig.model_validate({"run": "r", "model": {"path": folder}, "engine": {"kind": kind}, "stages": [stage]})
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_engine(config_of(tmp_path, "vllm", max_position_embeddings=96))
+    with pytest.raises(InputError, match=r"max_position_embeddings: 95 is less than the 96 tokens"):
+        check_engine(config_of(tmp_path, "vllm", max_position_embeddings=95))
+    check_engine(config_of(tmp_path, "vllm", max_position_embeddings=95, rope_scaling={"factor": 4.0}))
+    check_engine(config_of(tmp_path, "transformers", max_position_embeddings=95))
+
+
+def test_a_missing_vllm_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"engine\.kind: vllm needs the package vllm"):
+        check_engine(config_of(tmp_path, "vllm"))
+    check_engine(config_of(tmp_path, "transformers"))
