@@ -1,9 +1,10 @@
 """`python -m benchmarks.rollout MODEL… [--out FILE.json]`: tokens per second of each engine over batch sizes.
 
-Both engines hold the same weights, and each has --threads threads of the CPU (or the GPU) to itself while it is measured: what
-one rank has. Random prompts and one rare end token make nearly every output as long as it may be, so both do the same work. The
+The engines hold the same weights, and each has --threads threads of the CPU (or the GPU) to itself while it is measured: what
+one rank has. Random prompts and one rare end token make nearly every output as long as it may be, so all do the same work. The
 engines take turns in every round, whose order turns; figures are medians. `demo` as MODEL is the demo's own tiny Qwen2, made on
-the spot.
+the spot. "vllm, plain" is vLLM with engine.pack_weights false, on a CPU: slower decoding, for a faster push (`python -m
+benchmarks.weight_sync`).
 
 A sampling round also pays what neither engine shows here: with the embedded one, a batch runs as long as its longest output.
 """
@@ -33,7 +34,8 @@ from trainer.environment import provenance, version_of
 from trainer.model_folder import check_model_folder
 from trainer.policy import load_causal_lm
 
-ENGINES = ("transformers", "vllm")
+PLAIN = ", plain"
+ENGINES = ("transformers", "vllm") if torch.cuda.is_available() else ("transformers", "vllm", f"vllm{PLAIN}")
 
 
 def main(arguments: list[str]) -> int:
@@ -104,7 +106,12 @@ def started(kind: str, folder: Path, model: torch.nn.Module, options: argparse.N
             {
                 "run": run,
                 "model": {"path": folder},
-                "engine": {"kind": kind, "max_sequences": max(options.batches), "threads": options.threads},
+                "engine": {
+                    "kind": kind.removesuffix(PLAIN),
+                    "pack_weights": not kind.endswith(PLAIN),
+                    "max_sequences": max(options.batches),
+                    "threads": options.threads,
+                },
                 "stages": [
                     {
                         "name": "benchmark",
@@ -152,13 +159,14 @@ def tokens_per_second(engine: Engine, batch: int, vocabulary: int, seed: int, op
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table("model", "parameters", "batch", *(f"{kind}, tokens/s" for kind in ENGINES), "vllm / transformers")
+    rates = (f"{kind}, tokens/s" for kind in ENGINES)
+    result = Table("model", "parameters", "batch", *rates, *(f"{kind} / {ENGINES[0]}" for kind in ENGINES[1:]))
     cells = {(row["model"], row["batch"], row["engine"]): row for row in rows}
     for name, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
-        pair = [cells[name, batch, kind] for kind in ENGINES]
-        rates = [each["tokens_per_second"] for each in pair]
-        shown = [f"{each['tokens_per_second']:,.0f} ({each['p10']:,.0f}–{each['p90']:,.0f})" for each in pair]
-        result.add_row(name, f"{pair[0]['parameters'] / 1e6:.1f} M", str(batch), *shown, f"{rates[1] / rates[0]:.2f}")
+        row = [cells[name, batch, kind] for kind in ENGINES]
+        first, *others = [each["tokens_per_second"] for each in row]
+        shown = [f"{each['tokens_per_second']:,.0f} ({each['p10']:,.0f}–{each['p90']:,.0f})" for each in row]
+        result.add_row(name, f"{row[0]['parameters'] / 1e6:.1f} M", str(batch), *shown, *(f"{one / first:.2f}" for one in others))
     return result
 
 

@@ -30,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    become_server(checked(options), options.threads)
+    become_server(checked(options), options.threads, pack_weights=options.pack_weights)
 
 
 def checked(options: argparse.Namespace) -> ServeSettings:
@@ -63,13 +63,14 @@ def checked(options: argparse.Namespace) -> ServeSettings:
     )
 
 
-def become_server(settings: ServeSettings, threads: int) -> NoReturn:
-    """Replaces this process: one less that could outlive another. threads: OpenMP's, in each process of the server."""
+def become_server(settings: ServeSettings, threads: int, *, pack_weights: bool = True) -> NoReturn:
+    """Replaces this process: one less that could outlive another. threads: OpenMP's, in each process of the server.
+    pack_weights: see `rollout.vllm.loading`."""
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # else there are no weight routes; `KeyGuard` stands before them
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not import the main module, which registers us
     }
-    kept = environment(threads, device=None) | ours
+    kept = environment(threads, device=None, pack_weights=pack_weights) | ours
     del kept["TORCHDYNAMO_DISABLE"]  # that is for CPUs, which only vLLM can tell
     kept.pop("VLLM_API_KEY", None)  # a second key, on some routes only
     sys.stdout.flush()
@@ -90,6 +91,7 @@ def parser() -> Parser:
     add("--tensor-parallel", type=_count, default=1, metavar="N", help="GPUs that share the model")
     add("--quantization", metavar="METHOD", help="as vLLM names it")
     add("--threads", type=_count, default=1, metavar="N", help="OpenMP threads; on a CPU with nothing else to do, its cores")
+    add("--no-pack-weights", dest="pack_weights", action="store_false", help="on a CPU: faster weight pushes, slower decoding")
     add("--load", action="store_true", help="load the folder's weights instead of waiting for a push")
     return commands
 

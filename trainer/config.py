@@ -191,6 +191,9 @@ class EngineConfig(Section):
     """vllm on a GPU: share of the memory that the engine may use while it is awake."""
     threads: Positive = 1
     """vllm on a CPU: OpenMP threads of one engine. More than one stall each other wherever anything else runs beside."""
+    pack_weights: bool = True
+    """vllm on a CPU: linear layers packed for oneDNN, which decodes faster and makes a push several plain copies longer
+    (`rollout.vllm.loading`, docs/rollout.md)."""
     servers: tuple[str, ...] = ()
     """vllm-server: base addresses, such as http://127.0.0.1:8000."""
     sync_host: str | None = None

@@ -126,6 +126,7 @@ def child_starter(config: RunConfig, ranks: Ranks, device: torch.device, dtype: 
         kv_cache_bytes=cache,
         gpu_memory_fraction=engine.gpu_memory_fraction,
         sleep=device.type == "cuda",
+        pack_weights=engine.pack_weights,
         seed=config.seed,
     )
     name = f"rank {ranks.rank}'s vLLM"

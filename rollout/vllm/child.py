@@ -17,12 +17,15 @@ import numpy as np
 
 from rollout.engine import EngineError
 from rollout.vllm.channel import Channel, ChannelClosed, Message
-from rollout.vllm.settings import VllmSettings
+from rollout.vllm.settings import PACK_VARIABLE, VllmSettings
 
 SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_", "OMP_", "TORCH_NCCL_")
 """Beginnings of the variables that the process is not shown."""
 SEND_SECONDS = 300.0
 """How long it may take nothing of what it is sent; it reads between two steps of decoding."""
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+"""On a CPU a reload frees large blocks and takes the same again. Kept by the process, on huge pages, they do not have to be
+touched for the first time at each push, which took half of it."""
 QUIET_SECONDS = 5.0
 """How long a process that was asked to go may take."""
 
@@ -40,7 +43,7 @@ class VllmChild:
         with log.open("ab") as output, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.vllm.worker", str(theirs.fileno())],
-                env=environment(threads, device),
+                env=environment(threads, device, pack_weights=settings.pack_weights),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -119,8 +122,9 @@ class VllmChild:
         return EngineError(f"{self.name}: its process ended ({how}) during {call} (log: {self._log})")
 
 
-def environment(threads: int, device: str | None) -> dict[str, str]:
-    """What the process sees. device: the GPU it may use, as CUDA_VISIBLE_DEVICES counts; None on a CPU."""
+def environment(threads: int, device: str | None, *, pack_weights: bool = True) -> dict[str, str]:
+    """What the process sees. device: the GPU it may use, as CUDA_VISIBLE_DEVICES counts; None on a CPU. pack_weights: see
+    `rollout.vllm.loading`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SCRUBBED)}
     ours = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -131,7 +135,8 @@ def environment(threads: int, device: str | None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device is None:
-        ours["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # a reload's time is first touches of fresh pages
+        ours["GLIBC_TUNABLES"] = MALLOC
+        ours[PACK_VARIABLE] = str(int(pack_weights))
         ours["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there but a sampler's detail, for seconds
     else:
         ours["CUDA_VISIBLE_DEVICES"] = device

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+PACK_VARIABLE = "KEJU_PACK_WEIGHTS"
+"""0: vLLM's linear layers on a CPU stay as they are loaded (`rollout.vllm.loading`). A variable, as vLLM's workers may be
+processes of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
@@ -19,6 +23,8 @@ class VllmSettings:
     gpu_memory_fraction: float = 0.85
     sleep: bool = False
     """Whether weights and cache can be released between rollouts; on a GPU."""
+    pack_weights: bool = True
+    """On a CPU: `rollout.vllm.loading`."""
     seed: int = 0
 
     def to_json(self) -> str:

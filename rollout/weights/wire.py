@@ -99,7 +99,12 @@ def check(entry: dict[str, Any], buffer: Tensor) -> None:
         parts.append((f"{entry['name']}, its scale", entry["scale"]))
     for what, part in parts:
         if checksum(_bytes(part, buffer), threads=torch.get_num_threads()) != part["checksum"]:
-            raise ValueError(f"{what}: the {part['bytes']} bytes received are not those sent (checksum)")
+            raise ValueError(mismatch(what, part))
+
+
+def mismatch(what: str, part: dict[str, Any]) -> str:
+    """What is said where a checksum differs."""
+    return f"{what}: the {part['bytes']} bytes received are not those sent (checksum)"
 
 
 def read(entry: dict[str, Any], buffer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,5 @@
-"""Pushes into the real vLLM, driven call by call: every transport, updates that end in the middle, and engines of two workers.
+"""Pushes into the real vLLM, driven call by call: every transport, both ways of loading, updates that end in the middle, and
+engines of two workers.
 
 What vLLM's layerwise reload would get wrong shows in the tokens: the vocabulary is padded (so the embedding is never whole before
 the end, and a view of its chunk would have been overwritten), the head is tied (and packed again, or stale), Q, K and V have
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import rollout.weights.push as push
+from kernels.checksum import checksum
 from rollout.engine import EngineError
 from rollout.types import Sample
 from rollout.vllm.child import environment
@@ -35,6 +37,11 @@ pytestmark = [
 ]
 VOCABULARY = 1000
 SECONDS = 300.0
+
+
+def how_it_loads(worker: Any) -> str:
+    """In vLLM's worker, after a push."""
+    return worker.weight_transfer_engine._loading.name
 
 
 def serve(connection: Any, folder: Path, tensor_parallel: int) -> None:
@@ -67,6 +74,7 @@ def serve(connection: Any, folder: Path, tensor_parallel: int) -> None:
         "rpc": lambda method, *arguments: engine.collective_rpc(method, args=arguments) and None,
         "reset": lambda: engine.reset_prefix_cache(),
         "generate": generate,
+        "loading": lambda: engine.collective_rpc(how_it_loads),
         "buffers": lambda: sum("memfd:keju-weights" in line for line in Path("/proc/self/maps").read_text().splitlines()),
     }
     connection.send((None, "ready"))
@@ -84,9 +92,10 @@ class Engine:
 
     name = "vLLM"
 
-    def __init__(self, folder: Path, workers: int = 1) -> None:
+    def __init__(self, folder: Path, workers: int = 1, *, pack_weights: bool = True) -> None:
         self.workers = workers
-        variables = environment(1, None) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers, and one NUMA node
+        variables = environment(1, None, pack_weights=pack_weights)
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two workers, and one NUMA node
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, folder, workers))
@@ -143,10 +152,15 @@ def folder(tmp_path_factory) -> Path:
     return save(policy(0), tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def engine(folder) -> Iterator[Engine]:
-    engine = Engine(folder)
+LOADING = {True: "layer by layer", False: "in place"}
+both_ways = pytest.mark.parametrize("packed", LOADING, ids=["packed", "plain"])
+
+
+@pytest.fixture(scope="module", params=LOADING, ids=["packed", "plain"])
+def engine(folder, request) -> Iterator[Engine]:
+    engine = Engine(folder, pack_weights=request.param)
     yield engine
+    assert engine.ask("loading") == [LOADING[request.param]]
     engine.close()
 
 
@@ -264,18 +278,64 @@ def test_a_broadcast_that_it_was_not_asked_to_is_refused(engine):
         engine.chunk({"buffer": {"broadcast": 0, "bytes": 64}, "tensors": []})
 
 
-def test_an_engine_of_two_workers(folder, monkeypatch):
+@both_ways
+def test_an_engine_of_two_workers(folder, monkeypatch, packed):
     """Tensor parallel: each worker maps or receives every chunk and checks it itself."""
-    engine = Engine(folder, workers=2)
+    engine = Engine(folder, workers=2, pack_weights=packed)
     try:
         for transport in ("shared memory", "broadcast"):
             with sender(transport) as trainer:
                 for seed in (1, 2):
                     assert trainer.send(seed, ModelSource(policy(seed)), [engine]) == {}
                     assert holds(engine, policy(seed))
+        assert engine.ask("loading") == [LOADING[packed]] * 2
         with sender("shared memory") as trainer:
             flip(monkeypatch, "model.layers.1.mlp.up_proj.weight")
             errors = trainer.send(1, ModelSource(policy(8)), [engine])
         assert "are not those sent (checksum)" in str(errors["vLLM"])
     finally:
         engine.close()
+
+
+def expected(source: torch.Tensor) -> dict[str, Any]:
+    return {"name": "w", "bytes": source.nbytes, "checksum": checksum(source)}
+
+
+def test_a_copy_that_is_expected_is_checked_on_the_way():
+    from rollout.vllm.loading import CheckedCopy
+
+    source, fused = torch.randn(64, 64), torch.zeros(128, 64)
+    with CheckedCopy() as copy:
+        copy.expect(source, expected(source))
+        fused[64:].copy_(source)
+        assert copy.happened()
+        assert torch.equal(fused[64:], source)
+        assert not fused[:64].any()
+        entry = expected(source)
+        source[3, 5] += 1
+        copy.expect(source, entry)
+        with pytest.raises(ValueError, match=r"w: the 16384 bytes received are not those sent \(checksum\)"):
+            fused[:64].copy_(source)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda source: torch.zeros(32, 64).copy_(source[:32]),  # a part
+        lambda source: torch.zeros(64, 64).copy_(torch.ones(64, 64)),  # another
+        lambda source: torch.zeros(64, 64, dtype=torch.bfloat16).copy_(source),  # rounded
+        lambda source: torch.zeros(64, 128)[:, ::2].copy_(source),  # scattered
+        lambda source: torch.zeros(64, 64).copy_(source.t()),
+        lambda source: source.clone(),
+    ],
+)
+def test_no_other_copy_counts_as_checked(other):
+    from rollout.vllm.loading import CheckedCopy
+
+    source = torch.randn(64, 64)
+    plain = other(source)
+    with CheckedCopy() as copy:
+        copy.expect(source, expected(source) | {"checksum": 0})
+        assert torch.equal(other(source), plain)
+        assert not copy.happened()
+        torch.zeros(64, 64).copy_(source)  # expected no longer
