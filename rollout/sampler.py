@@ -134,7 +134,8 @@ what befell each rank's. Raises EngineError, on every rank, where that fails."""
 
 class Sampler:
     """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`. recover: None where a lost
-    engine ends the step. overlap: False for one thing after the other, with the same outcome."""
+    engine ends the step. overlap: False for one thing after the other, with the same outcome. hosts: the ranks whose
+    engines are asked; None: all."""
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class Sampler:
         recover: Recover | None = None,
         *,
         overlap: bool = True,
+        hosts: Sequence[int] | None = None,
     ) -> None:
         self._engine = engine
         self._judge = judge
@@ -156,6 +158,9 @@ class Sampler:
         self._seed = seed
         self._recover = recover
         self._overlap = overlap
+        hosts = range(ranks.size) if hosts is None else hosts
+        self._lane = hosts.index(ranks.rank) if ranks.rank in hosts else None
+        self._lanes = len(hosts)
         self._restarts = 0 if recover is None else RECOVERIES
         self.state = SamplerState()
 
@@ -252,13 +257,15 @@ class Sampler:
         return self._quietly(lambda: lane.add(jobs, replace(flying.decoding, seed=seed)))
 
     def _share(self, flying: _Flying, orders: Orders) -> list[Job]:
-        """Output k of all of a round goes to rank k modulo the number of ranks, on which its seed does not depend."""
+        """Output k of all of a round goes to host k modulo the number of hosts, on which its seed does not depend."""
+        if self._lane is None:
+            return []
         jobs = [
             Job(place, output, prompt, Request(ids, self._derive_seed(*flying.seed(orders.round), place, output, 1)))
             for place, prompt, ids in orders.prompts
             for output in range(flying.group_size)
         ]
-        return jobs[self._ranks.rank :: self._ranks.size]
+        return jobs[self._lane :: self._lanes]
 
     def _tick(self, lane: Lane, flying: _Flying, error: str | None) -> None:
         judged: list[Judged] = []

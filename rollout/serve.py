@@ -68,9 +68,8 @@ def become_server(settings: ServeSettings, threads: int, *, pack_weights: bool =
     pack_weights: see `rollout.vllm.loading`."""
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # else there are no weight routes; `KeyGuard` stands before them
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not import the main module, which registers us
     }
-    kept = environment(threads, device=None, pack_weights=pack_weights) | ours
+    kept = environment(threads, None, settings.tensor_parallel, pack_weights=pack_weights) | ours
     del kept["TORCHDYNAMO_DISABLE"]  # that is for CPUs, which only vLLM can tell
     kept.pop("VLLM_API_KEY", None)  # a second key, on some routes only
     sys.stdout.flush()

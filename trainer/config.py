@@ -191,6 +191,9 @@ class EngineConfig(Section):
     """vllm on a GPU: share of the memory that the engine may use while it is awake."""
     threads: Positive = 1
     """vllm on a CPU: OpenMP threads of one engine. More than one stall each other wherever anything else runs beside."""
+    tensor_parallel: Positive = 1
+    """vllm: ranks, neighbours on one host, whose devices hold one vLLM together; the first of them asks it. 1: one beside each
+    rank, as fast as any where the model fits."""
     pack_weights: bool = True
     """vllm on a CPU: linear layers packed for oneDNN, which decodes faster and makes a push several plain copies longer
     (`rollout.vllm.loading`, docs/rollout.md)."""
@@ -233,6 +236,8 @@ class EngineConfig(Section):
             raise ValueError("one_step_off needs an engine that samples beside the trainer: kind vllm-server, or vllm on a CPU")
         if self.score_early and self.one_step_off:
             raise ValueError("score_early and one_step_off exclude each other: the weights that score do not exist yet")
+        if self.tensor_parallel > 1 and self.kind != "vllm":
+            raise ValueError("tensor_parallel is for kind vllm; a server has its own (python -m rollout.serve --tensor-parallel)")
         if self.kind == "vllm-server" and not self.servers:
             raise ValueError("servers is empty: kind vllm-server needs at least one, such as servers: [http://127.0.0.1:8000]")
         for server in self.servers:

@@ -16,6 +16,7 @@ from rollout.ranks import Ranks
 from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
 from rollout.vllm.engine import Deadlines, VllmEngine
+from rollout.vllm.group import GroupMember
 from rollout.vllm.server_engine import ServerEngine
 from rollout.vllm.settings import VllmSettings, kv_cache_bytes
 from rollout.weights.broadcast import Broadcast
@@ -65,18 +66,34 @@ def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
 
 def _colocated(
     config: RunConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype, end_token_ids: Sequence[int]
-) -> VllmEngine:
+) -> VllmEngine | GroupMember:
     engine = config.engine
     if device.type == "cuda" and engine.one_step_off:
         raise InputError("engine.one_step_off: kind vllm shares this GPU with the training; set engine.kind to vllm-server")
-    transport = CudaIpc(device) if device.type == "cuda" else SharedMemory()
-    return VllmEngine(
-        child_starter(config, ranks, device, dtype),
-        Sender(dtype, engine.wire, engine.chunk_mib << 20, transport),
-        end_token_ids=end_token_ids,
-        deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
-        sleeps=device.type == "cuda",
-    )
+    hosts = engine_hosts(config, ranks)
+    alone = None
+    if ranks.rank in hosts:
+        transport = CudaIpc(device) if device.type == "cuda" else SharedMemory()
+        alone = VllmEngine(
+            child_starter(config, ranks, device, dtype),
+            Sender(dtype, engine.wire, engine.chunk_mib << 20, transport),
+            end_token_ids=end_token_ids,
+            deadlines=Deadlines(engine.start_seconds, engine.silence_seconds, engine.sync_seconds),
+            sleeps=device.type == "cuda",
+        )
+    return alone if len(hosts) == ranks.size else GroupMember(alone, lambda: ranks.all_gather(None))
+
+
+def engine_hosts(config: RunConfig, ranks: Ranks) -> range:
+    """The ranks whose engines are asked. Raises InputError where the ranks cannot be grouped as engine.tensor_parallel asks."""
+    together = config.engine.tensor_parallel
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    if local % together:
+        raise InputError(
+            f"engine.tensor_parallel: {together} does not divide the {local} ranks of this host; set it to a divisor, or start "
+            "another number of ranks"
+        )
+    return range(0, ranks.size, together)
 
 
 def _servers(
@@ -126,17 +143,21 @@ def child_starter(config: RunConfig, ranks: Ranks, device: torch.device, dtype: 
         kv_cache_bytes=cache,
         gpu_memory_fraction=engine.gpu_memory_fraction,
         sleep=device.type == "cuda",
+        tensor_parallel=engine.tensor_parallel,
         pack_weights=engine.pack_weights,
         seed=config.seed,
     )
-    name = f"rank {ranks.rank}'s vLLM"
+    last = ranks.rank + engine.tensor_parallel - 1
+    name = f"rank {ranks.rank}'s vLLM" if last == ranks.rank else f"the vLLM of ranks {ranks.rank} to {last}"
     log = config.run / f"vllm-rank{ranks.rank}.log"
-    return lambda: VllmChild(name, settings, log, threads=engine.threads, device=_visible(device))
+    return lambda: VllmChild(name, settings, log, threads=engine.threads, device=_visible(device, engine.tensor_parallel))
 
 
-def _visible(device: torch.device) -> str | None:
-    """The device as CUDA_VISIBLE_DEVICES names it; None for a CPU."""
+def _visible(device: torch.device, count: int) -> str | None:
+    """The device and those behind it, `count` in all, as CUDA_VISIBLE_DEVICES names them; None for a CPU."""
     if device.type != "cuda":
         return None
+    wanted = range(device.index, device.index + count)
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return listed.split(",")[device.index] if listed else str(device.index)
+    names = listed.split(",") if listed else None
+    return ",".join(names[index] if names else str(index) for index in wanted)

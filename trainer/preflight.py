@@ -44,6 +44,12 @@ def check_engine(config: RunConfig) -> None:
     if config.engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("engine.kind: vllm needs the package vllm; run: make setup, or set engine.kind to transformers")
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    heads = model.get("num_attention_heads", config.engine.tensor_parallel)
+    if heads % config.engine.tensor_parallel:
+        raise InputError(
+            f"engine.tensor_parallel: {config.engine.tensor_parallel} does not divide the model's {heads} attention heads "
+            f"({config.model.path}/config.json); set it to a divisor"
+        )
     positions = model.get("max_position_embeddings")
     if config.engine.kind != "transformers" and positions and not model.get("rope_scaling") and config.max_tokens > positions:
         raise InputError(

@@ -17,7 +17,7 @@ from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
 from trainer.config import ModelConfig, RunConfig
-from trainer.engines import build_engine, build_probe
+from trainer.engines import build_engine, build_probe, engine_hosts
 from trainer.lookahead import quiet_beside
 from trainer.policy import Policy, PolicyWeights, build_policy
 from trainer.probe import policy_scorer
@@ -48,6 +48,7 @@ class Parts:
 
 def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any) -> Parts:
     """Everything but data. The verifier's processes and the engine's start first, beside the model's loading."""
+    hosts = engine_hosts(config, ranks)
     verifier = RuleVerifier(config.reward.rule, config.reward.workers, config.reward.timeout_seconds)
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids = end_tokens(config.model.path, tokenizer)
@@ -69,6 +70,7 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         probe=build_probe(config, precision),
         seconds=config.engine.sync_seconds,
         note=console.note,
+        asks=ranks.rank in hosts,
     )
     encode = prompt_encoder(tokenizer, config.template)
     if config.engine.one_step_off:
@@ -77,7 +79,15 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     else:
         meeting, recover = ranks, sync.recover
     sampler = Sampler(
-        engine, reward, encode, meeting, quiet_beside(console.phase), config.seed, recover, overlap=config.engine.overlap
+        engine,
+        reward,
+        encode,
+        meeting,
+        quiet_beside(console.phase),
+        config.seed,
+        recover,
+        overlap=config.engine.overlap,
+        hosts=hosts,
     )
     return Parts(actor, engine, sync, sampler, verifier, device, precision)
 

@@ -33,7 +33,7 @@ QUIET_SECONDS = 5.0
 class VllmChild:
     """One process. Construction returns at once; `wait_ready` waits until the engine can be asked.
 
-    name: for messages, such as "rank 1's vLLM". log: where its output goes. threads: OpenMP's, on a CPU.
+    name: for messages, such as "rank 1's vLLM". log: where its output goes. threads: OpenMP's, of each worker, on a CPU.
     """
 
     def __init__(self, name: str, settings: VllmSettings, log: Path, *, threads: int = 1, device: str | None = None) -> None:
@@ -43,7 +43,7 @@ class VllmChild:
         with log.open("ab") as output, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.vllm.worker", str(theirs.fileno())],
-                env=environment(threads, device, pack_weights=settings.pack_weights),
+                env=environment(threads, device, settings.tensor_parallel, pack_weights=settings.pack_weights),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -122,21 +122,24 @@ class VllmChild:
         return EngineError(f"{self.name}: its process ended ({how}) during {call} (log: {self._log})")
 
 
-def environment(threads: int, device: str | None, *, pack_weights: bool = True) -> dict[str, str]:
-    """What the process sees. device: the GPU it may use, as CUDA_VISIBLE_DEVICES counts; None on a CPU. pack_weights: see
-    `rollout.vllm.loading`."""
+def environment(threads: int, device: str | None, workers: int = 1, *, pack_weights: bool = True) -> dict[str, str]:
+    """What the process sees. device: the GPUs it may use, as CUDA_VISIBLE_DEVICES lists them; None on a CPU. workers: tensor
+    parallel. pack_weights: see `rollout.vllm.loading`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SCRUBBED)}
     ours = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not import our main module, which it must
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device is None:
         ours["GLIBC_TUNABLES"] = MALLOC
         ours[PACK_VARIABLE] = str(int(pack_weights))
+        if workers > 1:
+            ours["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node for each
         ours["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there but a sampler's detail, for seconds
     else:
         ours["CUDA_VISIBLE_DEVICES"] = device

@@ -23,6 +23,8 @@ class VllmSettings:
     gpu_memory_fraction: float = 0.85
     sleep: bool = False
     """Whether weights and cache can be released between rollouts; on a GPU."""
+    tensor_parallel: int = 1
+    """Devices that share the model; a worker process on each where there are several."""
     pack_weights: bool = True
     """On a CPU: `rollout.vllm.loading`."""
     seed: int = 0

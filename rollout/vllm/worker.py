@@ -1,7 +1,8 @@
 """The process that holds a colocated vLLM: `python -m rollout.vllm.worker FD`, started by `rollout.vllm.child`, one a rank.
 
 vLLM runs inside this very process, so that nothing outlives it; it dies with the rank that started it, and when that rank closes
-its end of the socket. It answers one message after the other, and samples between them.
+its end of the socket. Tensor parallel, the model lies in processes that vLLM spawns from this one, and they die with it.
+It answers one message after the other, and samples between them.
 
 | asked                                                 | answered                                                            |
 |-------------------------------------------------------|---------------------------------------------------------------------|
@@ -54,7 +55,7 @@ class Worker:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from rollout.vllm.transfer import BACKEND, register
+        from rollout.vllm.transfer import BACKEND, EXTENSION, register
 
         register()
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
@@ -77,6 +78,8 @@ class Worker:
                 enable_chunked_prefill=not _on_cpu(),
                 max_num_batched_tokens=max(settings.max_model_len, PREFILL_TOKENS),
                 logprobs_mode="processed_logprobs",  # under the distribution sampled from, temperature included
+                tensor_parallel_size=settings.tensor_parallel,
+                worker_extension_cls=EXTENSION,
                 weight_transfer_config={"backend": BACKEND},
                 generation_config="vllm",  # not the folder's: it may hold a repetition penalty
                 disable_log_stats=True,
@@ -238,3 +241,5 @@ def _die_with_parent() -> None:
 
 if __name__ == "__main__":
     sys.exit(main(int(sys.argv[1])))
+if __name__ == "__mp_main__":  # a spawned process first imports its parent's main module
+    _die_with_parent()

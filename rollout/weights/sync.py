@@ -47,7 +47,7 @@ class Probe:
 
 class WeightSync:
     """One a rank. `push` and `recover` are collectives. seconds: deadline of each wait for an engine; a wait for another
-    rank has twice that."""
+    rank has twice that. asks: False on a rank whose engine samples nothing (`rollout.vllm.group`): the probe is the others'."""
 
     def __init__(
         self,
@@ -59,9 +59,11 @@ class WeightSync:
         probe: Probe | None = None,
         seconds: float = 300.0,
         note: Callable[[str], None] = lambda _: None,
+        asks: bool = True,
     ) -> None:
         self._engine, self._source, self._ranks = engine, source, ranks
         self._score, self._probe, self._seconds, self._note = score, probe, seconds, note
+        self._asks = asks
         self.version: int | None = None
         """Of the last push that was asked for."""
         self.worst: float | None = None
@@ -126,15 +128,17 @@ class WeightSync:
     def _prove(self) -> str | None:
         probe = self._probe
         error, samples = None, None
-        try:
-            requests = [Request(probe.prompt, seed) for seed in range(probe.copies)]
-            samples = drain(self._engine.submit(requests, Decoding(probe.new_tokens, seed=1)), len(requests))
-        except EngineError as lost:
-            error = str(lost)
+        if self._asks:
+            try:
+                requests = [Request(probe.prompt, seed) for seed in range(probe.copies)]
+                samples = drain(self._engine.submit(requests, Decoding(probe.new_tokens, seed=1)), len(requests))
+            except EngineError as lost:
+                error = str(lost)
+        continued = samples is not None
         if samples is None:  # the others wait for this rank in the scoring
             samples = [Sample(probe.prompt[:1], np.zeros(1, np.float32), "length", -1)] * probe.copies
         scored = self._score([probe.prompt] * len(samples), [sample.token_ids for sample in samples])
-        if error is not None:
+        if not continued:
             return error
         gaps = [np.abs(sample.logprobs - logprobs).max() for sample, logprobs in zip(samples, scored, strict=True)]
         self.worst = float(np.max(gaps))  # NaN stays NaN

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import ROOT, command, write_config
 
@@ -99,6 +100,29 @@ def test_engines_killed_during_a_run(tiny, tmp_path):
     assert rows[-1]["sync/repeats"] >= 2
     assert all(row["sync/probe"] < 1e-3 for row in rows)
     assert all(row["mismatch/max"] < 2e-5 for row in rows if "mismatch/max" in row), "only from the weights that score it"
+
+
+def test_one_engine_over_two_ranks_killed_during_a_run(tiny, tmp_path):
+    """Tensor parallel: the first rank asks it for everything, and its workers leave with it."""
+    run = tmp_path / "together"
+    together = ("max_sequences: 64", "max_sequences: 64, tensor_parallel: 2")
+    process = command(write_config(tiny, run, ENGINE, together), "--ranks", "2")
+    wait_for_rows(run, process, 2)
+    (engine,) = engines_of(process)
+    workers = [
+        child.pid for child in psutil.Process(engine).children(recursive=True) if "resource_tracker" not in str(child.cmdline())
+    ]
+    assert len(workers) == 2
+    os.kill(engine, signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert "the vLLM of ranks 0 to 1: its process ended (signal 9)" in output
+    assert gone(workers)
+    rows = rows_of(run)
+    check_ledger(rows)
+    assert rows[-1]["sync/repeats"] >= 1
+    assert all(row["sync/probe"] < 1e-3 for row in rows)
+    assert all(row["mismatch/max"] < 2e-5 for row in rows if "mismatch/max" in row)
 
 
 def test_what_is_fresh_is_scored_by_the_weights_that_sampled_it_and_engines_leave_with_the_run(tiny, tmp_path):

@@ -94,8 +94,7 @@ class Engine:
 
     def __init__(self, folder: Path, workers: int = 1, *, pack_weights: bool = True) -> None:
         self.workers = workers
-        variables = environment(1, None, pack_weights=pack_weights)
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two workers, and one NUMA node
+        variables = environment(1, None, workers, pack_weights=pack_weights)
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, folder, workers))

@@ -10,10 +10,12 @@ from trainer.config import RunConfig
 from trainer.preflight import check_engine
 
 
-def config_of(folder, kind, context=96, **model):
+def config_of(folder, kind, context=96, engine=(), **model):
     (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
     stage = {"name": "one", "steps": 1, "context": context, "data": {"train": {"path": "x"}, "max_prompt_tokens": 32}}
-    return RunConfig.model_validate({"run": "r", "model": {"path": folder}, "engine": {"kind": kind}, "stages": [stage]})
+    return RunConfig.model_validate(
+        {"run": "r", "model": {"path": folder}, "engine": {"kind": kind, **dict(engine)}, "stages": [stage]}
+    )
 
 
 def test_a_context_beyond_the_models_positions_is_refused(tmp_path, monkeypatch):
@@ -30,3 +32,16 @@ def test_a_missing_vllm_is_said(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"engine\.kind: vllm needs the package vllm"):
         check_engine(config_of(tmp_path, "vllm"))
     check_engine(config_of(tmp_path, "transformers"))
+
+
+def test_heads_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_engine(config_of(tmp_path, "vllm", engine={"tensor_parallel": 2}, num_attention_heads=14))
+    with pytest.raises(InputError, match=r"^engine\.tensor_parallel: 4 does not divide the model's 14 attention heads"):
+        check_engine(config_of(tmp_path, "vllm", engine={"tensor_parallel": 4}, num_attention_heads=14))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm-server"])
+def test_only_a_colocated_vllm_is_shared(tmp_path, kind):
+    with pytest.raises(ValueError, match="tensor_parallel is for kind vllm"):
+        config_of(tmp_path, kind, engine={"tensor_parallel": 2, "servers": ["http://127.0.0.1:1"]})

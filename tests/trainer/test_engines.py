@@ -1,0 +1,79 @@
+"""Which ranks hold an engine, and which devices it sees."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rollout.engine import Decoding, EngineError, Request
+from rollout.errors import InputError
+from rollout.ranks import Ranks
+from rollout.vllm.group import GroupMember
+from trainer import engines
+
+
+def config(tensor_parallel: int) -> SimpleNamespace:
+    return SimpleNamespace(engine=SimpleNamespace(tensor_parallel=tensor_parallel))
+
+
+def test_the_first_rank_of_each_group_holds_its_engine(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert list(engines.engine_hosts(config(1), Ranks(3, 16))) == list(range(16))
+    assert list(engines.engine_hosts(config(4), Ranks(3, 16))) == [0, 4, 8, 12]
+
+
+def test_groups_do_not_reach_over_hosts(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^engine\.tensor_parallel: 4 does not divide the 2 ranks of this host; set it to"):
+        engines.engine_hosts(config(4), Ranks(0, 8))
+
+
+def test_an_engine_sees_its_groups_devices(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engines._visible(torch.device("cuda", 4), 2) == "4,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,GPU-a,GPU-b")
+    assert engines._visible(torch.device("cuda", 2), 2) == "GPU-a,GPU-b"
+    assert engines._visible(torch.device("cpu"), 2) is None
+
+
+class Loaded:
+    """An engine that notes what is asked of it."""
+
+    version, pid = None, 17
+
+    def __init__(self, calls: list) -> None:
+        self.calls = calls
+
+    def load(self, version, source):
+        self.version = version
+        self.calls.append(("load", version, list(source)))
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+def test_a_rank_that_lends_its_device_takes_part_in_pushes_and_samples_nothing():
+    calls: list = []
+    member = GroupMember(None, lambda: calls.append("met"))
+    source = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    member.ready()
+    member.load(5, source)
+    assert next(source, None) is None, "the other ranks wait for it in each tensor"
+    assert member.version == 5
+    with pytest.raises(EngineError, match="none to ask"):
+        member.submit([Request(torch.zeros(1).numpy())], Decoding(1))
+    member.sleep()
+    member.restart()
+    member.close()
+    assert calls == ["met"]
+
+
+def test_its_first_rank_asks_the_engine_and_sleeps_before_the_others_go_on():
+    calls: list = []
+    member = GroupMember(Loaded(calls), lambda: calls.append("met"))
+    member.load(3, iter([]))
+    assert member.version == 3
+    assert member.pid == 17
+    member.sleep()
+    member.restart()
+    assert calls == [("load", 3, []), ("sleep",), "met", ("restart",)]
