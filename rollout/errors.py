@@ -7,5 +7,6 @@ class InputError(Exception):
 
 
 class EngineError(RuntimeError):
-    """An engine died, hung, refused, or holds weights of an unknown version. One line that names the engine and the call; what it
-    sampled and delivered before stays valid. Where it is lost for good, a command exits with code 3."""
+    """An engine died, hung, refused, or holds weights of an unknown version; or the judge is silent for good. One line that names
+    the engine and the call; what it sampled and delivered before stays valid. Where it is lost for good, a command exits with
+    code 3."""

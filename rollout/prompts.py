@@ -255,6 +255,11 @@ class PromptSource:
         self._digest = _digest(self._prompts)
         self._move(seed, epoch=0, position=0)
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """All of them, in the file's order."""
+        return self._prompts
+
     def draw(self, n: int) -> list[Prompt]:
         """The next n ≥ 0 prompts; one call may reach into the next epoch, or over several. Raises ValueError where n < 0."""
         if n < 0:

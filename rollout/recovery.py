@@ -35,7 +35,7 @@ class Ledger:
     aborted: int = 0
     """Still decoding when enough groups were legitimate (batch.abort_surplus): dropped."""
     failed: int = 0
-    """Never became a group: the prompt is too long, or sampling or judging it failed."""
+    """Never became a group: the prompt is too long, or sampling it failed, or a sample of it has no verdict."""
 
     def pending(self) -> int:
         """Prompts that must be in the recovery buffer; 0 when the run has ended."""
@@ -46,15 +46,20 @@ class Ledger:
 
 
 def legitimate(group: Group) -> bool:
-    """0 < right < G: the outputs disagree, so the group teaches something."""
-    return 0 < group.right < len(group.verdicts)
+    """0 < right < G: the outputs disagree, so the group teaches something. Where a sample has no verdict that cannot be known."""
+    return group.judged and 0 < group.right < len(group.verdicts)
+
+
+def kept(group: Group, dynamic: bool) -> bool:
+    """Whether the group may be trained on: every group that is judged, or with dynamic sampling the legitimate ones."""
+    return legitimate(group) if dynamic else group.judged
 
 
 @dataclass(slots=True)
 class BatchCollector:
     """Collects one step's batch. `recovered` is the last step's buffer; `ledger` is counted up in place.
 
-    dynamic False (stage 1): every group is taken, nothing is filtered and there is no surplus to recover.
+    dynamic False (stage 1): every judged group is taken, nothing is filtered and there is no surplus to recover.
     """
 
     step: int
@@ -81,15 +86,16 @@ class BatchCollector:
 
     def add_round(self, groups: Sequence[Group], drawn: int, aborted: int = 0) -> None:
         """One round's groups, in the order their prompts were drawn. drawn: how many prompts; aborted: how many of them were
-        dropped while they decoded; what else is missing has failed."""
+        dropped while they decoded; what else is missing has failed, and so has a group that was not judged."""
         self.rounds += 1
         self.sampled.extend(groups)
-        kept = [group for group in groups if not self.dynamic or legitimate(group)]
-        self._batch.extend(kept)
+        judged = sum(group.judged for group in groups)
+        taken = [group for group in groups if kept(group, self.dynamic)]
+        self._batch.extend(taken)
         self.ledger.drawn += drawn
         self.ledger.aborted += aborted
-        self.ledger.failed += drawn - len(groups) - aborted
-        self.ledger.uniform += len(groups) - len(kept)
+        self.ledger.failed += drawn - judged - aborted
+        self.ledger.uniform += judged - len(taken)
 
     def finish(self, *, recover: bool, capacity: int | None = None) -> tuple[list[Group], list[Group]]:
         """(the N groups to train on, the next step's recovery buffer). Called once, when `complete`."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from rollout.engine import Decoding, Engine, EngineError, Request
 from rollout.errors import InputError
-from rollout.flight import Flight
+from rollout.flight import Flight, Silence
 from rollout.lane import Job, Judge, Judged, Lane
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
@@ -53,6 +53,8 @@ class Draw:
     recover: bool
     capacity: int | None
     decoding: Decoding
+    max_unjudged_rounds: int | None = None
+    """After so many rounds in a row, over the steps, without any verdict of the judge that was asked, the run is given up."""
     abort_surplus: bool = False
     """Stop decoding as soon as N groups are legitimate: see `trainer.config.BatchConfig`."""
 
@@ -116,6 +118,7 @@ class _Flying:
     abort: bool
     longest: int | None
     restarts_left: int
+    max_unjudged_rounds: int | None
     flight: Flight | None
     draw: Callable[[Flight], Sequence[Prompt]]
     """The prompts to draw now, given what is in flight; none where no more are needed, or may be drawn."""
@@ -162,24 +165,29 @@ class Sampler:
         self._lane = hosts.index(ranks.rank) if ranks.rank in hosts else None
         self._lanes = len(hosts)
         self._restarts = 0 if recover is None else RECOVERIES
+        self._silence = Silence()
         self.state = SamplerState()
 
     def collect(self, draw: Draw, source: PromptSource | None, early: EarlyScoring | None = None) -> Collected:
         """Algorithm 1's loop for one step. Raises, on every rank: SamplingStalled where max_rounds rounds find no N groups;
-        EngineError where an engine is lost for good, and then the ledger and the cursor are somewhere within the step."""
+        EngineError where an engine is lost for good, or the judge silent for max_unjudged_rounds, and then the ledger and the
+        cursor are somewhere within the step."""
         state = self.state
         recovered = self._recovered(draw)
         collector = BatchCollector(draw.step, draw.groups, draw.dynamic, recovered, state.ledger)
-        flight = Flight(draw.step, draw.group_size, draw.groups, draw.dynamic, len(recovered))
+        flight = Flight(draw.step, draw.group_size, draw.groups, draw.dynamic, len(recovered), self._silence)
         flying = _Flying(
             decoding=draw.decoding, group_size=draw.group_size, seed=lambda number: (draw.step, number), phase="sampling",
             early=early, abort=draw.abort_surplus, longest=draw.max_prompt_tokens, restarts_left=self._restarts,
-            flight=flight if self._ranks.first else None,
+            max_unjudged_rounds=draw.max_unjudged_rounds, flight=flight if self._ranks.first else None,
             draw=lambda flight: self._draw_prompts(draw, flight, source),
             why_stalled=lambda flight: why_stalled(draw, flight),
             note=lambda flight: f"{flight.finished()}/{draw.groups}",
         )  # fmt: skip
-        seconds, rounds = self._fly(flying)
+        try:
+            seconds, rounds = self._fly(flying)
+        finally:
+            self._silence = flight.silent()
         if not self._ranks.first:
             batch, marks = self._ranks.broadcast(None)
             return Collected(batch, [], rounds, seconds, marks, flying.restarts)
@@ -209,7 +217,7 @@ class Sampler:
         flight = Flight(step, group_size, needed=0, dynamic=False)
         flying = _Flying(
             decoding=decoding, group_size=group_size, seed=lambda _: seed, phase=phase, early=None, abort=False, longest=None,
-            restarts_left=self._restarts, flight=flight if self._ranks.first else None,
+            restarts_left=self._restarts, max_unjudged_rounds=None, flight=flight if self._ranks.first else None,
             draw=lambda flight: () if flight.rounds else prompts, why_stalled=lambda _: "", note=lambda _: note,
         )  # fmt: skip
         self._fly(flying)
@@ -338,6 +346,9 @@ def decide(flying: _Flying, streams: bool, encode: Callable[[Prompt], np.ndarray
     enough = flight.finished() >= flight.needed
     if enough and (flying.abort or (flight.rounds and flight.landed)):
         return Orders(ended=True)
+    silence = flight.silent()
+    if flying.max_unjudged_rounds is not None and silence.rounds >= flying.max_unjudged_rounds:
+        return Orders(failed=f"the judge gave no verdict in {silence.rounds} rounds in a row, the last time for: {silence.why}")
     prompts = tuple(flying.draw(flight)) if streams or flight.landed else ()
     if not prompts and flight.landed:
         return Orders(stalled=flying.why_stalled(flight))
@@ -366,12 +377,16 @@ def _certain(flying: _Flying) -> tuple[Group, ...]:
 
 def why_stalled(draw: Draw, flight: Flight) -> str:
     sampled = [group for each in flight.outcome() for group in each.groups]
-    easy = sum(group.right == len(group.verdicts) for group in sampled)
-    hard = sum(group.right == 0 for group in sampled)
+    judged = [group for group in sampled if group.judged]
+    easy = sum(group.right == len(group.verdicts) for group in judged)
+    hard = sum(group.right == 0 for group in judged)
+    failed = len(sampled) - len(judged)
+    unjudged = f", {failed} that the judge left without a verdict" if failed else ""
     return (
         f"step {draw.step + 1}: {flight.finished()} of {draw.groups} groups after {flight.rounds} rounds "
-        f"({len(sampled)} groups sampled: {easy} all right, {hard} all wrong); "
+        f"({len(sampled)} groups sampled: {easy} all right, {hard} all wrong{unjudged}); "
         "raise batch.max_rounds, or change the prompts: too easy or too hard for this policy"
+        + (", or see to the judge" if failed else "")
     )
 
 

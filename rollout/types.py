@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+UNJUDGED = "unjudged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,30 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reward's decision on one sample. `reason` is one word for the metrics: right, wrong, truncated, format, repetition,
-    timeout, error; `detail` says where and why, for a reader."""
+    """The reward's decision on one sample. `reason` is one word for the metrics: right, wrong, process (the final answer is right
+    and the way to it is not), truncated, format, repetition, timeout, error, unjudged; `detail` says where and why, for a reader.
+
+    unjudged: the judge gave no verdict, so the sample is neither right nor wrong, has no reward, and takes its group with it."""
 
     right: bool
     reason: str
     detail: str = ""
+    mixed: bool = False
+    """Whether the output mixes languages (`rollout.reward.languages`): measured, without influence on `right`."""
+
+    @classmethod
+    def unjudged(cls, why: str) -> Verdict:
+        return cls(False, UNJUDGED, why)
+
+    @property
+    def judged(self) -> bool:
+        return self.reason != UNJUDGED
 
     @property
     def reward(self) -> int:
-        """R of the paper: 1 where right, else -1."""
+        """R of the paper: 1 where right, else -1. Raises ValueError for a sample that was not judged."""
+        if not self.judged:
+            raise ValueError(f"a sample without a verdict has no reward ({self.detail})")
         return 1 if self.right else -1
 
 
@@ -75,3 +90,8 @@ class Group:
     def right(self) -> int:
         """How many of the G samples are right."""
         return sum(verdict.right for verdict in self.verdicts)
+
+    @property
+    def judged(self) -> bool:
+        """Whether every sample has a verdict; a group without is counted as failed and never trained on."""
+        return all(verdict.judged for verdict in self.verdicts)

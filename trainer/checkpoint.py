@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.recovery import Ledger
 from rollout.types import Group, Prompt, Sample, Verdict
@@ -98,7 +99,7 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+        return folders_of(self._folder)
 
     def _prune(self, newest: Path) -> None:
         """Drops what is older than the `keep` newest, what a kill left half written, and checkpoints of later steps: those were
@@ -126,6 +127,28 @@ class Checkpoints:
         (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def folders_of(checkpoints: Path) -> list[Path]:
+    """By step; whole ones and damaged ones."""
+    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def complete_checkpoint(run: Path, step: int | None = None) -> Path:
+    """Of a run folder: that of a step, or the newest that is whole. Raises InputError."""
+    folders = folders_of(run / "checkpoints")
+    if step is not None:
+        wanted = run / "checkpoints" / f"step-{step:06d}"
+        if wanted not in folders:
+            raise InputError(f"{wanted}: no such checkpoint; there are {', '.join(each.name for each in folders) or 'none'}")
+        folders = [wanted]
+    problems = []
+    for folder in reversed(folders):
+        problem = _damage(folder)
+        if problem is None:
+            return folder
+        problems.append(f"{folder.name}: {problem}")
+    raise InputError(f"{run}/checkpoints: no complete checkpoint ({'; '.join(problems) or 'none at all'})")
+
+
 def _read_state(folder: Path) -> tuple[RunState, int, list[np.ndarray]]:
     """(rank 0's state, optimizer steps, each rank's random state)."""
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -145,7 +168,8 @@ def _pack_groups(groups: list[Group]) -> tuple[list[dict[str, Any]], dict[str, n
         samples = []
         for k, (sample, verdict) in enumerate(zip(group.samples, group.verdicts, strict=True)):
             arrays[f"{at}.{k}.tokens"], arrays[f"{at}.{k}.logprobs"] = sample.token_ids, sample.logprobs
-            samples.append([sample.finish_reason, sample.weight_version, verdict.right, verdict.reason, verdict.detail])
+            judged = (verdict.right, verdict.reason, verdict.detail, verdict.mixed)
+            samples.append([sample.finish_reason, sample.weight_version, *judged])
         fields = {name: getattr(prompt, name) for name in Prompt.__dataclass_fields__}
         records.append({"prompt": fields, "drawn_step": group.drawn_step, "samples": samples})
     return records, arrays

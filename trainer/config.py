@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rollout.reward.judge.settings import address_fault
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -252,20 +254,60 @@ class EngineConfig(Section):
 
 
 class RepetitionConfig(Section):
-    """When a text of n tokens counts as repetitive (`rollout.reward.pipeline.RepetitionLimits`). The paper has no numbers."""
+    """When a text of n tokens counts as repetitive (`rollout.reward.repetition.RepetitionLimits`). The paper has no numbers."""
 
     ngram: Positive = 20
     min_covered: float = Field(default=0.2, gt=0, le=1)
     min_count: int = Field(default=5, ge=3)
     min_tokens: Positive = 64
-    max_ngram_share: float = Field(default=0.4, gt=0, le=1)
+    min_counting_tokens: Positive = 640
+    max_ngram_share: float = Field(default=0.33, gt=0, le=1)
+
+
+class JudgeConfig(Section):
+    """An OpenAI-compatible endpoint that judges the prompts whose metadata says "judge": true
+    (`rollout.reward.judge.settings.JudgeSettings` says what each key means)."""
+
+    base_url: str
+    model: str
+    api_key_env: str = "KEJU_JUDGE_API_KEY"
+    process: Literal["thinking", "answer", "off"] = "thinking"
+    process_counts: bool = True
+    concurrency: Positive = 16
+    tries: Positive = 4
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    deadline_seconds: float = Field(default=300.0, gt=0)
+    budget_requests: Positive | None = None
+    budget_tokens: Positive | None = None
+    max_tokens: Positive | None = 1024
+    temperature: float | None = Field(default=0.0, ge=0)
+    reason_chars: Positive | None = 600
+    max_answer_chars: Positive = 8000
+    max_thinking_chars: Annotated[int, Field(ge=1000)] = 24000
+    extra_body: dict[str, Any] = {}
+    max_unjudged_rounds: Positive = 3
+    """After so many sampling rounds in a row without any verdict of a judge that was asked, the run stops and keeps what it
+    learnt."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if (fault := address_fault(value)) is not None:
+            raise ValueError(fault)
+        return value
 
 
 class RewardConfig(Section):
     rule: Literal["math-verify", "reasoning-gym"] = "math-verify"
     timeout_seconds: float = Field(default=10.0, gt=0)
+    """For one answer."""
+    batch_seconds: float | None = Field(default=None, gt=0)
+    """For all answers of a batch, shared among them as `rollout.reward.rule` says; None: timeout_seconds, and half a second for
+    each answer on one worker."""
     workers: Positive = 1
     """Verifier processes on each rank."""
+    judge: JudgeConfig | None = None
+    """None: no prompt may ask for one."""
     repetition: RepetitionConfig = RepetitionConfig()
 
 
@@ -302,6 +344,9 @@ class MismatchConfig(Section):
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of a collective."""
+    shard_ranks: Positive | None = None
+    """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
+    every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""
 
 
 class WarmupConfig(Section):

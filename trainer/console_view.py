@@ -134,6 +134,8 @@ def evaluation_text(row: dict) -> str:
     ]
     if number(row, "truncated") is not None:
         parts.append(f"truncated {_number(row, 'truncated', '.1%')}")
+    if number(row, "unjudged") is not None:
+        parts.append(f"without a verdict {_number(row, 'unjudged', '.1%')}")
     return " · ".join(parts)
 
 

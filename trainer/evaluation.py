@@ -45,14 +45,18 @@ def evaluate(
 
 
 def summarize(groups: Sequence[Group]) -> dict[str, Any]:
-    """pass@1, counts, mean length in tokens, shares of truncated and of misformatted outputs."""
+    """pass@1, counts, mean length in tokens, shares of truncated, of misformatted and, if any, of unjudged outputs. pass@1 is
+    over the judged ones; None where there is none."""
     verdicts = [verdict for group in groups for verdict in group.verdicts]
+    judged = sum(verdict.judged for verdict in verdicts)
     lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    unjudged = {"unjudged": 1 - judged / len(verdicts)} if judged < len(verdicts) else {}
     return {
-        "pass@1": sum(verdict.right for verdict in verdicts) / len(verdicts),
+        "pass@1": sum(verdict.right for verdict in verdicts) / judged if judged else None,
         "count": len(groups),
         "k": len(groups[0].samples),
         "length/mean": sum(lengths) / len(lengths),
         "truncated": sum(verdict.reason == "truncated" for verdict in verdicts) / len(verdicts),
         "format": sum(verdict.reason == "format" for verdict in verdicts) / len(verdicts),
+        **unjudged,
     }

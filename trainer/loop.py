@@ -29,7 +29,7 @@ from trainer.metrics import MetricsWriter
 from trainer.mismatch import MismatchWatch, bounds_of
 from trainer.preflight import Inputs, source_key
 from trainer.setup import Parts
-from trainer.step_row import step_row
+from trainer.step_row import step_row, unjudged_note
 
 
 class TrainingLoop:
@@ -88,7 +88,9 @@ class TrainingLoop:
         clock.lap("sync")
         if self.ranks.first:
             row = step_row(collected, scored, updates, kept.ledger, len(kept.buffer), stage)
-            row |= mismatch | self.parts.sync.measured() | self.clocked(clock, collected, batches)
+            row |= mismatch | self.parts.sync.measured() | self.parts.judged() | self.clocked(clock, collected, batches)
+            if (note := unjudged_note(collected.sampled)) is not None:
+                self.console.note(f"step {step + 1}: {note}")
             self.write(step + 1, stage, row)
         if lost is not None:
             self.stop(self.state(step + 1), lost)
@@ -174,6 +176,7 @@ class TrainingLoop:
             recover=stage.recovery.enabled,
             capacity=stage.recovery.capacity,
             decoding=Decoding(stage.response_limit, stage.sampling.temperature),
+            max_unjudged_rounds=self.config.reward.judge.max_unjudged_rounds if self.config.reward.judge else None,
             abort_surplus=batch.abort_surplus,
         )
 

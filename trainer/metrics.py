@@ -2,7 +2,8 @@
 
 A row is a flat dict with "kind" ("train" or "eval") and "step", the number of steps finished: a train row's first step is 1,
 and an evaluation before training has step 0. A key that does not apply is absent. Everything under TIMING_PREFIXES is
-wall-clock-like and differs between two runs that are otherwise bitwise equal; `comparable` leaves it out.
+wall-clock-like and differs between two runs that are otherwise bitwise equal (a judge is not asked again for what it decided
+before a stop); `comparable` leaves it out.
 
 The file is the record and TensorBoard is a view of it: figures, summaries and tests read the file only.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from rollout.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
-TIMING_PREFIXES = ("time/", "rate/", "memory/")
+TIMING_PREFIXES = ("time/", "rate/", "memory/", "judge/")
 PHASES = ("sample", "reward", "score", "update", "sync", "checkpoint", "evaluate")
 """The parts of a step; time/<phase> is in seconds."""
 LEDGER_FATES = ("trained", "recovered", "uniform", "expired", "aborted", "failed", "pending")

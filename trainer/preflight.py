@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from rollout.errors import InputError
 from rollout.prompts import PromptSource, read_prompts
+from rollout.reward.correctness import needs_judge
+from rollout.reward.judge.settings import JudgeSettings
+from rollout.reward.judge.verifier import check_endpoint
 from rollout.types import Prompt
-from trainer.config import PromptsFile, RunConfig
+from trainer.config import JudgeConfig, PromptsFile, RunConfig
 from trainer.environment import check_packages
 from trainer.model_folder import check_model_folder
 
@@ -35,7 +38,33 @@ def check_run(config: RunConfig) -> Inputs:
         key = source_key(file)
         if key not in sources:
             sources[key] = PromptSource(read(file), seed=config.seed)
-    return Inputs(sources, {each.name: read(each)[: each.limit] for each in config.evaluation.sets})
+    inputs = Inputs(sources, {each.name: read(each)[: each.limit] for each in config.evaluation.sets})
+    check_judge(config, inputs)
+    return inputs
+
+
+def check_judge(config: RunConfig, inputs: Inputs) -> None:
+    """Raises InputError where prompts are for a judge and there is none, or where it gives no verdict on a small question."""
+    places = [(key, source.prompts) for key, source in inputs.sources.items()] + list(inputs.evaluation.items())
+    asking = 0
+    for place, prompts in places:
+        for prompt in prompts:
+            value = prompt.metadata.get("judge", False)
+            if not isinstance(value, bool):
+                raise InputError(f"{place}: prompt {prompt.id}, metadata.judge: {value!r} is not true or false; make it one")
+        marked = sum(needs_judge(prompt) for prompt in prompts)
+        if marked and config.reward.judge is None:
+            raise InputError(
+                f"{place}: {marked} of {len(prompts)} prompts are for a judge (metadata.judge), and the run has none; set "
+                "reward.judge.base_url and reward.judge.model, or leave those prompts out"
+            )
+        asking += marked
+    if asking:
+        check_endpoint(judge_settings(config.reward.judge))
+
+
+def judge_settings(judge: JudgeConfig) -> JudgeSettings:
+    return JudgeSettings(**judge.model_dump(exclude={"max_unjudged_rounds"}))
 
 
 def check_engine(config: RunConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from kernels.backend import loss_path
 from rollout.engine import Engine
 from rollout.ranks import Ranks
-from rollout.reward.pipeline import RepetitionLimits, Reward
+from rollout.reward.correctness import Correctness
+from rollout.reward.judge.verifier import JudgeVerifier
+from rollout.reward.pipeline import Reward
+from rollout.reward.repetition import RepetitionLimits
 from rollout.reward.rule import RuleVerifier
 from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
@@ -20,6 +24,7 @@ from trainer.config import ModelConfig, RunConfig
 from trainer.engines import build_engine, build_probe, engine_hosts
 from trainer.lookahead import quiet_beside
 from trainer.policy import Policy, PolicyWeights, build_policy
+from trainer.preflight import judge_settings
 from trainer.probe import policy_scorer
 from trainer.text import end_tokens, load_tokenizer, prompt_encoder
 
@@ -32,7 +37,8 @@ class Parts:
     engine: Engine
     sync: WeightSync
     sampler: Sampler
-    verifier: RuleVerifier
+    correctness: Correctness
+    judge: JudgeVerifier | None
     device: torch.device
     precision: torch.dtype
     """In which policy and engine compute."""
@@ -41,21 +47,29 @@ class Parts:
         """Which implementation of each exchangeable part runs; goes into every metrics row."""
         return {"path/loss": loss_path(self.device.type), "path/engine": self.engine.name}
 
+    def judged(self) -> dict[str, int]:
+        """What this rank's judge was asked since the last call, and what came of it; nothing without one."""
+        return {f"judge/{name}": count for name, count in asdict(self.judge.measured()).items()} if self.judge else {}
+
     def close(self) -> None:
-        self.verifier.close()
+        self.correctness.close()
         self.engine.close()
 
 
 def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any) -> Parts:
     """Everything but data. The verifier's processes and the engine's start first, beside the model's loading."""
     hosts = engine_hosts(config, ranks)
-    verifier = RuleVerifier(config.reward.rule, config.reward.workers, config.reward.timeout_seconds)
+    judge = build_judge(config, ranks, console.note)
+    rule = RuleVerifier(
+        config.reward.rule, config.reward.workers, config.reward.timeout_seconds, batch_seconds=config.reward.batch_seconds
+    )
+    correctness = Correctness(rule, judge)
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids = end_tokens(config.model.path, tokenizer)
     precision = precision_of(config.model, device)
     engine = build_engine(config, ranks, device, precision, end_token_ids, console.note)
     reward = Reward(
-        verifier,
+        correctness,
         tokenizer,
         prefill=config.template.prefill,
         end_token_ids=end_token_ids,
@@ -89,7 +103,15 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         overlap=config.engine.overlap,
         hosts=hosts,
     )
-    return Parts(actor, engine, sync, sampler, verifier, device, precision)
+    return Parts(actor, engine, sync, sampler, correctness, judge, device, precision)
+
+
+def build_judge(config: RunConfig, ranks: Ranks, note: Callable[[str], None]) -> JudgeVerifier | None:
+    """This rank's, with its own file of decisions and its share of the budget."""
+    if config.reward.judge is None:
+        return None
+    store = config.run / "judge" / f"rank-{ranks.rank}.sqlite"
+    return JudgeVerifier(judge_settings(config.reward.judge), store=store, rank=ranks.rank, ranks=ranks.size, note=note)
 
 
 def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device) -> Actor:

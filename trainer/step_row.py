@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rollout.recovery import Ledger
+from rollout.reward.correctness import needs_judge
 from rollout.sampler import Collected
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, UpdateResult
@@ -23,8 +24,9 @@ def step_row(
     pending: int,
     stage: StageConfig,
 ) -> dict[str, Any]:
-    """What a step measured, without step number and times. Rewards, verdicts and lengths are over every output sampled in the
-    step; losses, entropy and ratios over the outputs trained on. Mismatch is `trainer.mismatch`'s, which is asked earlier."""
+    """What a step measured, without step number and times. Verdicts and lengths are over every output sampled in the step,
+    rewards over those of them that have a verdict; losses, entropy and ratios over the outputs trained on. Mismatch is
+    `trainer.mismatch`'s, which is asked earlier."""
     return {
         **_sampled(collected.sampled),
         **_trained(updates, stage),
@@ -37,22 +39,38 @@ def step_row(
     }
 
 
+def unjudged_note(groups: Sequence[Group]) -> str | None:
+    """What a person should know of a step in which the judge left samples without a verdict; None where it left none."""
+    failed = [group for group in groups if not group.judged]
+    if not failed:
+        return None
+    whys = Counter(verdict.detail for group in failed for verdict in group.verdicts if not verdict.judged)
+    ((why, _),) = whys.most_common(1)
+    asked = sum(needs_judge(group.prompt) for group in groups)
+    return f"{len(failed)} of {asked} groups for the judge failed: {whys.total()} samples have no verdict ({why})"
+
+
 def _sampled(groups: Sequence[Group]) -> dict[str, float]:
     verdicts = [verdict for group in groups for verdict in group.verdicts]
     if not verdicts:
         return {}
     lengths = np.array([len(sample.token_ids) for group in groups for sample in group.samples])
+    judged = np.array([verdict.judged for verdict in verdicts])
     right = np.array([verdict.right for verdict in verdicts])
     row = {
-        "reward/mean": float(np.mean([verdict.reward for verdict in verdicts])),
-        "reward/accuracy": float(right.mean()),
+        "language/mixed": float(np.mean([verdict.mixed for verdict in verdicts])),
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
     }
+    if judged.any():
+        row["reward/mean"] = float(np.mean([verdict.reward for verdict in verdicts if verdict.judged]))
+        row["reward/accuracy"] = float(right[judged].mean())
     if right.any():
         row["length/right"] = float(lengths[right].mean())
-    if not right.all():
-        row["length/wrong"] = float(lengths[~right].mean())
+    if (wrong := judged & ~right).any():
+        row["length/wrong"] = float(lengths[wrong].mean())
+    if any(needs_judge(group.prompt) for group in groups):
+        row["sampling/unjudged"] = sum(not group.judged for group in groups)
     reasons = Counter(verdict.reason for verdict in verdicts)
     return row | {f"verdict/{reason}": count / len(verdicts) for reason, count in sorted(reasons.items())}
 

@@ -1,4 +1,4 @@
-"""Correctness by rule, behind a HARD time limit: a pool of worker processes, in which a late worker is killed and replaced.
+"""Correctness by rule, behind HARD time limits: for each answer, and for the batch.
 
 A thread cannot be killed, and a signal handler waits for the C call that hangs; so a process it is.
 
@@ -6,7 +6,15 @@ The workers
 - are spawned, not forked: a fork of a process with CUDA and threads inherits locks that nobody will open;
 - do not import the program's `__main__` again, as spawned processes otherwise do: a trainer's main module would load torch into
   each worker. So the program needs no `if __name__ == "__main__"` for their sake, and nothing defined in `__main__` reaches them;
-- ignore Ctrl-C and die with the process that made them, however that one ends.
+- ignore Ctrl-C and die with the process that made them, however that one ends;
+- calculate in a process that each forks, and kills where it is late (`rollout.reward.checker`).
+
+How a batch's time is shared. No answer may go without a turn because others hang, so the batch goes in rounds. In each, every
+answer that is left gets the same time: half of what the batch has left, times the workers, over the answers; at most
+timeout_seconds, and at first at least half a second. What does not end in it is put off to the next round, where fewer are left,
+and each gets more. Thus in 70 s on 2 workers each of 256 answers gets half a second, whatever the others do, and the few that
+hang get more, as long as there is time. Turns are measured in processor time, but take at most double by the clock;
+timeout_seconds and batch_seconds are by the clock. The answers that look quick come first.
 
 multiprocessing's own resource tracker, one small process for the whole program, lives until the program's end.
 """
@@ -22,9 +30,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError, wait
+from concurrent.futures import CancelledError, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -36,36 +44,51 @@ from rollout.types import Prompt, Verdict
 START_SECONDS = 120.0
 """How long starting or replacing the workers may take on a slow machine (SymPy alone is a second of import on a fast one)."""
 
-REPLACE_SECONDS = 5.0
-"""How long one killed worker's replacement may take, for the bound on a whole batch."""
+STALL_SECONDS = 0.7
+"""How long after the batch's end a worker may take to say so, before the pool counts as stalled and is killed."""
+
+ANSWER_SECONDS = 0.5
+"""What the batch's time grows by with each answer, where no time is set: 50 times what one takes."""
+
+FIRST_SECONDS = 0.5
+"""The least that an answer is given in its first turn, even if then not every one can have a turn should all hang."""
+
+MOST_IN_A_CHUNK = 8
+"""Answers that a worker takes at once in the first round, for fewer messages; one at a time towards the end, which is where the
+slow ones are and all workers shall be busy."""
 
 
 class RuleVerifier:
     """Judges answers by rule in worker processes. A context manager; `close` ends the workers.
 
-    Verdict reasons: right, wrong, timeout (the worker was killed), error (no verdict: the scorer raised, the worker died, the
-    ground truth is unreadable). Verdicts right and wrong are cached, the least recently used forgotten first; a timeout or error
-    is tried anew in the next batch, since a busy machine may have caused it.
+    Verdict reasons: right, wrong, timeout (its process was killed), error (the scorer raised, the worker died, the ground truth
+    is unreadable), unjudged (the batch's time was over before its first turn). Verdicts right and wrong are cached, the least
+    recently used forgotten first; any other is tried anew in the next batch, since a busy machine may have caused it.
     """
 
-    def __init__(self, kind: str, workers: int, timeout_seconds: float, *, cache_size: int = 65536) -> None:
+    def __init__(
+        self, kind: str, workers: int, timeout_seconds: float, *, batch_seconds: float | None = None, cache_size: int = 65536
+    ) -> None:
         """kind: "math-verify", or "reasoning-gym" (the prompt's metadata is reasoning-gym's entry, or its metadata with
-        source_dataset). timeout_seconds: for one answer, from its start in a worker.
+        source_dataset). timeout_seconds: for one answer, from its start in a worker. batch_seconds: for one `verify`, once a
+        worker has started; None: timeout_seconds, and ANSWER_SECONDS for each answer on one worker.
         The workers start at once, and load their scorer beside whatever the caller does next.
 
         Raises InputError for an unknown kind, a missing package, no workers, no time.
         """
         if kind not in rule_worker.SCORERS:
             close = difflib.get_close_matches(kind, rule_worker.SCORERS, n=1, cutoff=0.0)
-            raise InputError(f"reward.rule.kind: {kind!r} is no rule; the nearest is {close[0]!r}")
+            raise InputError(f"reward.rule: {kind!r} is no rule; the nearest is {close[0]!r}")
         package = rule_worker.SCORERS[kind]
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"reward.rule.kind: {kind!r} needs the package {package}; pip install {package.replace('_', '-')}")
+            raise InputError(f"reward.rule: {kind!r} needs the package {package}; pip install {package.replace('_', '-')}")
         if workers < 1:
-            raise InputError(f"reward.rule.workers: {workers} is too few; give it 1 or more")
+            raise InputError(f"reward.workers: {workers} is too few; give it 1 or more")
         if not timeout_seconds > 0:
-            raise InputError(f"reward.rule.timeout_seconds: {timeout_seconds} is no time; give it more than 0")
-        self._kind, self._workers, self._timeout = kind, workers, timeout_seconds
+            raise InputError(f"reward.timeout_seconds: {timeout_seconds} is no time; give it more than 0")
+        if batch_seconds is not None and not batch_seconds > 0:
+            raise InputError(f"reward.batch_seconds: {batch_seconds} is no time; give it more than 0")
+        self._kind, self._workers, self._timeout, self._batch = kind, workers, timeout_seconds, batch_seconds
         self._cache: OrderedDict[bytes, Verdict] = OrderedDict()
         self._cache_size = cache_size
         self._pool: _Pool | None = _Pool(kind, workers)
@@ -73,9 +96,8 @@ class RuleVerifier:
     def verify(self, pairs: list[tuple[Prompt, str]]) -> list[Verdict]:
         """One verdict for each (prompt, answer), in order. One caller at a time.
 
-        Equal pairs are checked once. With w workers and n different answers that all hang, it ends after about ⌈n / w⌉ ·
-        (timeout_seconds + 1 s for a new worker). If the pool itself stalls, it is killed, and what is left counts as timeout.
-        Raises RuntimeError where workers keep dying before they take any work.
+        Equal pairs are checked once. It ends within the batch's time + 1 s of the moment at which a worker is ready, whatever the
+        answers do. Raises RuntimeError where workers keep dying before they take any work.
         """
         keys = [_key(self._kind, prompt, answer) for prompt, answer in pairs]
         verdicts = {key: self._cache[key] for key in keys if key in self._cache}
@@ -105,59 +127,105 @@ class RuleVerifier:
                 self._cache.popitem(last=False)
 
     def _run(self, jobs: dict[bytes, tuple[Prompt, str]]) -> dict[bytes, Verdict]:
-        """A verdict for each job. A broken pool (an idle worker killed from outside breaks it) is replaced; its jobs go again."""
-        verdicts: dict[bytes, Verdict] = {}
-        for _ in range(3):
-            left = {key: job for key, job in jobs.items() if key not in verdicts}
-            if not left:
-                return verdicts
-            verdicts |= self._run_once(left)
-        if len(verdicts) == len(jobs):
-            return verdicts
-        raise RuntimeError(f"the {self._kind} workers died three times before they took any work; their errors are on stderr")
-
-    def _run_once(self, jobs: dict[bytes, tuple[Prompt, str]]) -> dict[bytes, Verdict]:
-        if self._pool is None or not self._pool.active:
-            self.close()
-            self._pool = _Pool(self._kind, self._workers)
-        try:
-            futures = {key: self._pool.schedule(self._timeout, prompt, answer) for key, (prompt, answer) in jobs.items()}
-        except RuntimeError:  # pebble's word for a pool that broke in between
-            self.close()
+        """A verdict for each job, in rounds (see above)."""
+        if not jobs:
             return {}
-        rounds = -(-len(jobs) // self._workers)
-        pending = self._wait(list(futures.values()), START_SECONDS + rounds * (self._timeout + REPLACE_SECONDS))
-        if pending:
-            self.close()
-        verdicts = {}
-        for key, future in futures.items():
-            stalled = Verdict(False, "timeout", "the pool of workers stalled and was killed")
-            verdict = stalled if future in pending else _verdict(future, self._timeout)
-            if verdict is not None:
-                verdicts[key] = verdict
-        if len(verdicts) < len(jobs):
-            self.close()
+        self._await_worker()
+        batch = self._batch or self._timeout + ANSWER_SECONDS * len(jobs) / self._workers
+        end = time.monotonic() + batch
+        verdicts: dict[bytes, Verdict] = {}
+        tried: dict[bytes, float] = {}
+        died: dict[bytes, int] = {}
+        seconds = 0.0
+        while left := {key: job for key, job in jobs.items() if key not in verdicts}:
+            share = (end - time.monotonic()) * self._workers / len(left)
+            seconds, last = min(self._timeout, max(share / 2, FIRST_SECONDS)), seconds
+            if seconds < self._timeout and seconds <= last:
+                seconds = min(self._timeout, share)
+            if seconds <= last and not died:
+                break  # another turn, no longer than the last, would end as that did
+            for key, outcome in self._round(left, seconds, end, in_turn=last > 0).items():
+                if isinstance(outcome, Verdict):
+                    verdicts[key] = outcome
+                elif outcome == "died":
+                    died[key] = died.get(key, 0) + 1
+                    if died[key] == 2:
+                        verdicts[key] = Verdict(False, "error", "its worker died twice")
+                elif outcome == "late":
+                    tried[key] = seconds
+                    if seconds >= self._timeout:
+                        verdicts[key] = Verdict(False, "timeout", f"no verdict within {self._timeout:g} s")
+            if time.monotonic() >= end:
+                break
+        for key in jobs.keys() - verdicts.keys():
+            if key in tried:
+                why = f"no verdict within {tried[key]:.2g} s, its share of the batch's {batch:g} s"
+                verdicts[key] = Verdict(False, "timeout", why)
+            else:
+                verdicts[key] = Verdict.unjudged(f"the batch's {batch:g} s were over before its turn")
         return verdicts
 
-    def _wait(self, futures: list[Future], seconds: float) -> set[Future]:
-        """Until all are done, the time is over or the pool is dead; the futures that are not done."""
-        deadline = time.monotonic() + seconds
-        pending = set(futures)
-        while pending and time.monotonic() < deadline:
-            pending = wait(pending, timeout=min(1.0, max(0.0, deadline - time.monotonic()))).not_done
-        return pending
+    def _await_worker(self) -> None:
+        """Until a worker has started, so that no answer pays for its imports. Replaces a pool that broke (an idle worker killed
+        from outside breaks it)."""
+        for _ in range(3):
+            if self._pool is None or not self._pool.active:
+                self.close()
+                self._pool = _Pool(self._kind, self._workers)
+            try:
+                self._pool.submit(rule_worker.ready, START_SECONDS).result()
+                return
+            except (
+                ProcessExpired,
+                BrokenProcessPool,
+                CancelledError,
+                RuntimeError,
+                TimeoutError,
+            ):  # RuntimeError: pebble's pool broke in between
+                self.close()
+        raise RuntimeError(f"the {self._kind} workers died three times before they took any work; their errors are on stderr")
+
+    def _round(
+        self, jobs: dict[bytes, tuple[Prompt, str]], seconds: float, end: float, *, in_turn: bool
+    ) -> dict[bytes, Verdict | Literal["late", "died"]]:
+        """Each job once, for at most `seconds`, until `end`. A job whose turn did not come is missing. in_turn: one at a time."""
+        if self._pool is None or not self._pool.active:
+            self._await_worker()
+        futures: list[tuple[list[bytes], Future]] = []
+        try:
+            at_most = min(self._timeout, 2 * seconds)
+            order = sorted(jobs, key=lambda key: _suspicion(jobs[key][1]))
+            while order:
+                size = 1 if in_turn else max(1, min(MOST_IN_A_CHUNK, len(order) // (8 * self._workers)))
+                keys, order = order[:size], order[size:]
+                work = [self._job(*jobs[key]) for key in keys]
+                limit = (
+                    START_SECONDS + end - time.monotonic()
+                )  # of a worker that stalls itself; the clock over each job is the worker's
+                futures.append((keys, self._pool.submit(rule_worker.check, limit, self._kind, work, seconds, at_most, end)))
+        except RuntimeError:
+            self.close()
+        pending = wait([future for _, future in futures], timeout=max(0.0, end + STALL_SECONDS - time.monotonic())).not_done
+        outcomes: dict[bytes, Verdict | Literal["late", "died"]] = {}
+        for keys, future in futures:
+            if future in pending:
+                continue
+            try:
+                for key, score in zip(keys, future.result(), strict=False):
+                    outcomes[key] = Verdict(*score) if score is not None else "late"
+            except (ProcessExpired, BrokenProcessPool, CancelledError, TimeoutError):
+                outcomes |= dict.fromkeys(keys, "died")
+        if pending or "died" in outcomes.values():
+            self.close()
+        return outcomes
+
+    def _job(self, prompt: Prompt, answer: str) -> rule_worker.Job:
+        return prompt.answer, answer, _entry(prompt) if self._kind == "reasoning-gym" else {}
 
 
-def _verdict(future: Future, timeout_seconds: float) -> Verdict | None:
-    """None where the pool broke before the job was done."""
-    try:
-        return Verdict(*future.result())
-    except TimeoutError:
-        return Verdict(False, "timeout", f"no verdict within {timeout_seconds:g} s")
-    except ProcessExpired as expired:
-        return Verdict(False, "error", f"the worker died (exit code {expired.exitcode})")
-    except BrokenProcessPool:
-        return None
+def _suspicion(answer: str) -> tuple[int, int]:
+    """Grows with what makes answers slow: powers, factorials, length."""
+    return answer.count("^") + answer.count("!"), len(answer)
 
 
 def _key(kind: str, prompt: Prompt, answer: str) -> bytes:
@@ -198,10 +266,6 @@ class _Pool:
     @property
     def active(self) -> bool:
         return self._pool.active
-
-    def schedule(self, timeout_seconds: float, prompt: Prompt, answer: str) -> Future:
-        entry = _entry(prompt) if self._kind == "reasoning-gym" else {}
-        return self.submit(rule_worker.score, timeout_seconds, self._kind, prompt.answer, answer, entry)
 
     def submit(self, function: Callable[..., Any], timeout_seconds: float, *args: Any) -> Future:
         return self._pool.schedule(function, args=args, timeout=timeout_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from kernels.backend import has_native
 from rollout.reward import repetition as module
-from rollout.reward.repetition import Repetition, is_repetitive, measure_repetition
+from rollout.reward.repetition import (
+    Repetition,
+    RepetitionDetector,
+    RepetitionLimits,
+    hide_counters,
+    longest_repeated_passage,
+    measure_repetition,
+)
 
 IMPLEMENTATIONS = [
     pytest.param(
@@ -130,14 +138,119 @@ def test_measure_fills_the_dataclass_and_refuses_bad_input():
         measure_repetition(tokens, 3, min_count=1)
 
 
-def test_is_repetitive_gives_the_reason_and_the_place():
-    limits = {"min_covered": 100, "min_count": 5, "max_ngram_share": 0.5}
-    assert is_repetitive(Repetition(0, 0, 0, 0, 0.0), 0, **limits) is None
-    assert is_repetitive(Repetition(10, 99, 3, 33, 0.5), 400, **limits) is None
-    assert is_repetitive(Repetition(10, 120, 30, 4, 0.5), 400, **limits) is None
-    assert (
-        is_repetitive(Repetition(10, 150, 30, 5, 0.9), 400, **limits)
-        == "tokens 10–159 of 400 are a stretch of 30 repeated 5 times"
+VOCABULARY = {f"word{index}": index for index in range(100)} | {str(digit): 100 + digit for digit in range(10)}
+VOCABULARY |= {"A": 110, "ĠB": 111, "▁CD": 112, "ABCD": 113, "a": 114, "Ġ7": 115, "x2": 116}
+
+
+def tokens(*pieces: str) -> list[int]:
+    return [VOCABULARY[piece] for piece in pieces]
+
+
+def fresh(count: int, seed: int = 0) -> list[int]:
+    """Tokens in which nothing repeats for long."""
+    return np.random.default_rng(seed).integers(0, 100, count).tolist()
+
+
+def counted(rounds: int, words: int) -> list[int]:
+    """The same words under a number that grows."""
+    phrase = fresh(words, seed=1)
+    return [token for number in range(rounds) for token in [*tokens(*str(number)), *phrase]]
+
+
+def find(token_ids: list[int], **limits: float) -> str | None:
+    return RepetitionDetector(RepetitionLimits(**limits), VOCABULARY)(np.array(token_ids, dtype=np.int32))
+
+
+def test_the_detector_gives_the_reason_and_the_place():
+    loop = fresh(30, seed=1) * 5
+    assert find(fresh(10) + loop + fresh(240, seed=2)) == "tokens 10–159 of 400 are a stretch of 30 repeated 5 times"
+    again = fresh(10) + fresh(400, seed=1) + fresh(5, seed=2) + fresh(400, seed=1)
+    assert find(again) == (
+        "48% of the 20-grams of 815 tokens occurred before (at most 33% may), the longest passage at tokens 415–814"
     )
-    reason = is_repetitive(Repetition(10, 99, 3, 33, 0.51), 400, **limits)
-    assert reason == "51% of the n-grams of 400 tokens occurred before (at most 50% may)"
+
+
+def test_each_limit_from_both_sides():
+    def stretch(period: int, count: int, total: int) -> list[int]:
+        return [99, 98, *fresh(period, seed=1) * count, *fresh(total, seed=2)][: total + 2]
+
+    twice = fresh(200) + fresh(200)
+    for name, inside, beyond in (
+        ("min_covered: 150 of 702 and of 902", find(stretch(30, 5, 700)), find(stretch(30, 5, 900))),
+        (
+            "min_covered",
+            find(stretch(30, 5, 700), min_covered=0.2),
+            find(stretch(30, 5, 700), min_covered=0.3, max_ngram_share=1),
+        ),
+        ("min_count", find(stretch(100, 5, 700), max_ngram_share=1), find(stretch(100, 4, 700), max_ngram_share=1)),
+        ("min_tokens: 64 and 63", find(stretch(8, 8, 100), max_ngram_share=1), find(stretch(7, 9, 100), max_ngram_share=1)),
+        ("min_tokens of the text", find([7] * 64), find([7] * 63)),
+        ("max_ngram_share", find(twice, max_ngram_share=0.47), find(twice, max_ngram_share=0.48)),
+    ):
+        assert inside is not None, name
+        assert beyond is None, name
+
+
+def test_a_longer_stretch_of_fewer_rounds_hides_none():
+    """Of three rounds of 200 and ten of 30, the first is longer and the second is the loop."""
+    text = fresh(200, seed=1) * 3 + [99] + fresh(30, seed=2) * 10
+    assert find(text, max_ngram_share=1) == "tokens 601–900 of 901 are a stretch of 30 repeated 10 times"
+
+
+def test_a_loop_that_counts():
+    text = fresh(50) + counted(rounds=40, words=20) + fresh(50, seed=2)
+    found = find(text)
+    assert found is not None
+    # The hidden period is 21: one symbol and 20 words; numbers of one and of two digits are alike.
+    assert found.endswith("are a stretch of 21 repeated 40 times but for its numbers")
+    start, stop = re.match(r"tokens (\d+)–(\d+) of", found).groups()
+    assert (int(start), int(stop)) == (50, len(text) - 51)
+    assert find(fresh(50) + counted(rounds=30, words=20)) is None, "600 words: a table may be so long"
+    assert find(fresh(50) + counted(rounds=30, words=20), min_counting_tokens=600) is not None
+    assert find(fresh(6000) + counted(rounds=40, words=20)) is None, "800 words of 6,800 tokens"
+    assert find(counted(rounds=4, words=200), max_ngram_share=1) is None, "four rounds"
+
+
+def test_numbers_alone_and_labels_are_counters():
+    comma = VOCABULARY["word1"]
+    listed = [token for number in range(100, 800) for token in [*tokens(*str(number)), comma]]
+    assert find(listed, max_ngram_share=1).endswith("but for its numbers")
+    assert find(listed[:2000], max_ngram_share=1) is None, "500 commas: the numbers between them are not reckoned"
+    labels = [token for at in range(400) for token in tokens(("A", "ĠB", "▁CD")[at % 3], "word1", "word2")]
+    assert "repeated" in find(labels), "exactly periodic"
+    chance = np.random.default_rng(0)
+    some = [token for _ in range(400) for token in tokens(chance.choice(["A", "ĠB", "▁CD", "Ġ7"]), "word1", "word2")]
+    assert find(some, max_ngram_share=1).endswith("but for its numbers")
+    for word in ("ABCD", "a", "x2"):
+        words = [token for _ in range(400) for token in tokens(chance.choice(["A", word]), "word1", "word2")]
+        assert find(words, max_ngram_share=1) is None, f"{word} is a word"
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.sets(st.integers(0, 9)))
+def test_hidden_counters_by_definition(ids, counting):
+    counters = np.array([token in counting for token in range(8)])  # 8 and 9 are beyond the table
+    expected, places = [], []
+    for place, token in enumerate(ids):
+        counts = token < 8 and token in counting
+        if not counts or not expected or expected[-1] != -1:
+            expected.append(-1 if counts else token)
+            places.append(place)
+    hidden, at = hide_counters(np.array(ids, dtype=np.int32), counters)
+    assert hidden.tolist() == expected
+    assert at.tolist() == places
+    assert hidden.dtype == np.int32
+
+
+@given(looping_tokens(), st.integers(1, 12))
+def test_the_longest_repeated_passage_by_definition(ids, ngram):
+    grams = [tuple(ids[i : i + ngram]) for i in range(len(ids) - ngram + 1)]
+    repeated = [gram in grams[:place] for place, gram in enumerate(grams)]
+    best = (0, 0)
+    for start in range(len(repeated)):
+        stop = start
+        while stop < len(repeated) and repeated[stop]:
+            stop += 1
+        if stop - start > best[1] - best[0]:
+            best = (start, stop)
+    expected = (best[0], best[1] + ngram - 1) if best != (0, 0) else (0, 0)
+    assert longest_repeated_passage(np.array(ids, dtype=np.int32), ngram) == expected

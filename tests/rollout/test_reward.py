@@ -30,8 +30,9 @@ class Recorder:
         self.batches: list[list[str]] = []
 
     def verify(self, pairs):
-        self.batches.append([answer for _, answer in pairs])
-        return [Verdict(answer == prompt.answer, "right" if answer == prompt.answer else "wrong") for prompt, answer in pairs]
+        self.batches.append([response.answer for _, response in pairs])
+        rights = [response.answer == prompt.answer for prompt, response in pairs]
+        return [Verdict(right, "right" if right else "wrong") for right in rights]
 
 
 def sample(tokenizer, text: str, finish_reason: str = "stop") -> Sample:
@@ -107,3 +108,18 @@ def test_the_real_detector_is_the_default(tokenizer):
     assert [verdict.reason for verdict in verdicts] == ["repetition", "right", "wrong", "repetition"]
     assert verdicts[0].detail.startswith("thinking: ")
     assert verdicts[3].detail.startswith("answer: ")
+
+
+def test_mixed_languages_are_said_of_every_verdict_and_decide_none(tokenizer):
+    """Of the question's language it depends; the format, the length and the answer do not matter."""
+    text, loop = "so 鸡蛋 it is", "7 7 7 鸡蛋"
+    endings = ("</think><answer>2</answer>", "</think><answer>3</answer>", "")
+    texts = [f"{text}{ending}" for ending in endings] + [f"{loop}{endings[0]}", f"and so it is{endings[0]}"]
+    reward = Reward(Recorder(), tokenizer, prefill=PREFILL, find_repetition=count_of_7)
+    for question, mixed in (("How many eggs?", True), ("有多少个鸡蛋？", False)):
+        prompt = Prompt("p", question, "2")
+        pairs = [(prompt, sample(tokenizer, each)) for each in texts[:4]] + [(prompt, sample(tokenizer, texts[0], "length"))]
+        verdicts = reward.judge(pairs)
+        assert [verdict.reason for verdict in verdicts] == ["right", "wrong", "format", "repetition", "truncated"]
+        assert [verdict.mixed for verdict in verdicts] == [mixed] * 5
+    assert not reward.judge([(PROMPT, sample(tokenizer, texts[4]))])[0].mixed

@@ -1,7 +1,6 @@
 """Correctness by rule: verdicts on real cases, and the hard time limit: hanging answers end on time and leave no process behind.
 
-What it does not show: that math-verify is right. Its verdicts are compared with its own test cases, and where we give it other
-text than was written (`math_forms`), with cases written here.
+What counts as the same answer is in test_answers.py; here only that no case is lost that the library itself gets right.
 """
 
 import json
@@ -24,7 +23,7 @@ from rollout.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / os.environ.get("KEJU_TEST_DATA", "../shared/data")
-HANGS = ["$9^{9^{9^{9}}}$", "$(10^9)!$", "$10^{10^{10}}$", "$2^{2^{2^{2^{2^{2}}}}}$"]
+HANGS = [rf"$9^{{9^{{9^{{{top}}}}}}}$" for top in range(9, 40)]
 
 
 def prompt(gold: str) -> Prompt:
@@ -47,67 +46,41 @@ def verifier():
         yield shared
 
 
-MEANT = [
-    ("72", "72.0", True),
-    ("1,000", "1000", True),
-    ("1000", "$1{,}000$", True),
-    ("$18", "18", True),
-    (r"\$18", "$18$", True),
-    ("72", "The answer is 72 dollars.", True),
-    ("12", "5 cm", False),
-    ("5", "5 cm", True),
-    ("12", "12岁", True),
-    (r"\frac{3}{7}", "3/7", True),
-    (r"\frac{3}{7}", "7", False),
-    (r"2\sqrt{3}", "2", False),
-    (r"2\sqrt{3}", r"\sqrt{12}", True),
-    ("x+1", "1", False),
-    ("x+1", "$1+x$", True),
-    (r"(2,\infty)", r"$(2,\infty)$", True),
-    (r"(2,\infty)", r"[2,\infty)", False),
-    ("1,2,3", "$3,2,1$", True),
-    ("1,22", "1.22", True),
-    ("3e6", r"3 \times 10^{6}", True),
-    ("3e6", "3", False),
-    ("Sunday", "sunday", True),
-    ("Sunday", "Monday", False),
-    (r"\text{even}", "even", True),
-    ("abc", "$abc$", True),
-    ("12:00", "11:00", False),
-    (r"10\,080", "0", False),
-    ("三角形", "三角形", True),
-]
-
-
-def test_bare_text_is_read_as_meant(verifier):
-    """One job for each: the library alone takes 2\\sqrt{3} for 2, and finds nothing in x+1."""
-    verdicts = verifier.verify([(prompt(gold), answer) for gold, answer, _ in MEANT])
-    wrong = [(case, verdict) for case, verdict in zip(MEANT, verdicts, strict=True) if verdict.right != case[2]]
-    assert not wrong
-    assert {verdict.reason for verdict in verdicts} == {"right", "wrong"}
+EXCEPTIONS = {(r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}{\mathrm{e}}$")}
+"""The one of the library's own cases in which it is not followed: it takes the two for equal, and its test says so."""
 
 
 def library_cases() -> list[tuple[str, str, bool]]:
-    """(gold, pred, expected) of every second of the library's own tests that needs no special configuration."""
+    """(gold, pred, expected) of the library's own tests of verdicts."""
     path = DATA / "verifier_tests" / "math_verify_parametrized.jsonl"
     if not path.exists():
         pytest.skip(f"no test data at {path} (set KEJU_TEST_DATA)")
     cases = [json.loads(line)["args"] for line in path.read_text().splitlines()]
-    plain = [case for case in cases if set(case) in ({"gold", "pred", "expected"}, {"gold", "pred", "result"})]
-    return [(case["gold"], case["pred"], bool(case.get("expected", case.get("result")))) for case in plain[::2]]
+    return [(case["gold"], case["pred"], bool(case.get("expected", case.get("result")))) for case in cases if "gold" in case]
 
 
 def test_what_the_library_gets_right_we_get_right(verifier):
     from math_verify import parse, verify
 
     cases = library_cases()
-    assert len(cases) > 100
+    assert len(cases) == 269
     library = [verify(parse(gold), parse(pred)) for gold, pred, _ in cases]
     ours = verifier.verify([(prompt(gold), pred) for gold, pred, _ in cases])
     known = [case[2] == bool(theirs) for case, theirs in zip(cases, library, strict=True)]
     assert sum(known) > 0.95 * len(cases)
-    lost = [(case, mine) for case, mine, good in zip(cases, ours, known, strict=True) if good and mine.right != case[2]]
-    assert not lost
+    lost = {case[:2] for case, mine, good in zip(cases, ours, known, strict=True) if good and mine.right != case[2]}
+    assert lost == EXCEPTIONS
+
+
+def test_hand_labelled_pairs(verifier):
+    """Every one that its reader did not call ambiguous."""
+    path = DATA / "verifier_pairs" / "hard_disagreements_handlabelled.jsonl"
+    if not path.exists():
+        pytest.skip(f"no test data at {path} (set KEJU_TEST_DATA)")
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["label"] != "ambiguous"]
+    verdicts = verifier.verify([(prompt(row["gold"]), row["pred"]) for row in rows])
+    assert len(rows) == 60
+    assert not [(row["gold"], row["pred"]) for row, verdict in zip(rows, verdicts, strict=True) if verdict.right != row["label"]]
 
 
 def test_gold_without_content_is_an_error_not_a_wrong_answer(verifier):
@@ -127,7 +100,7 @@ def test_hanging_answers_end_on_time_and_leave_no_process():
         assert 1.0 <= elapsed < 1.0 + 1.5, f"a deadline of 1 s took {elapsed:.1f} s"
         answers = [("5", HANGS[0]), ("5", "5.0"), ("5", HANGS[1]), ("5", "6")]
         assert reasons(verifier, *answers) == ["timeout", "right", "timeout", "wrong"], "order kept, each judged"
-        assert len(workers() - before) <= 2, "killed workers are replaced, not added to"
+        assert len(workers() - before) <= 4, "killed processes are replaced, not added to: two workers, each with one"
     assert workers() == before
 
 
@@ -135,6 +108,41 @@ def test_more_hangs_than_workers_take_turns():
     """The deadline counts from the start in a worker: the third's does not pass while it waits."""
     with RuleVerifier("math-verify", workers=1, timeout_seconds=1.0) as verifier:
         assert reasons(verifier, ("5", HANGS[2]), ("5", HANGS[3]), ("5", "5.0")) == ["timeout", "timeout", "right"]
+
+
+def test_a_batch_in_which_a_tenth_hangs_ends_in_time_and_judges_the_rest():
+    """256 answers on two workers: one by one the 26 that hang would take 2 minutes. Answers put behind them are judged too."""
+    before = workers()
+    seconds = 20.0
+    with RuleVerifier("math-verify", workers=2, timeout_seconds=10.0, batch_seconds=seconds) as verifier:
+        assert reasons(verifier, ("1", "1.0")) == ["right"]
+        hangs = [("5", hang) for hang in HANGS[:26]]
+        others = [(str(place), f"{place + place % 2}.0") for place in range(230)]
+        start = time.monotonic()
+        given = reasons(verifier, *hangs, *others)
+        elapsed = time.monotonic() - start
+    assert elapsed < seconds + 1.0, f"a deadline of {seconds:g} s took {elapsed:.1f} s"
+    assert given[:26] == ["timeout"] * 26
+    assert given[26:] == ["wrong" if place % 2 else "right" for place in range(230)]
+    assert workers() == before
+
+
+def test_without_time_for_a_first_turn_there_is_no_verdict():
+    """Answers that nobody looked at are not called wrong."""
+    with RuleVerifier("math-verify", workers=1, timeout_seconds=10.0, batch_seconds=0.4) as verifier:
+        given = reasons(verifier, *[("5", hang) for hang in HANGS[:12]], ("5", "5.0"))
+    assert set(given[:-1]) == {"timeout", "unjudged"}
+    assert given[-1] == "right", "what looks quick comes first"
+
+
+def test_answers_that_were_late_get_longer_turns():
+    """Where few hang, each gets the whole deadline, after all others have had their turn."""
+    with RuleVerifier("math-verify", workers=1, timeout_seconds=1.0, batch_seconds=8.0) as verifier:
+        assert reasons(verifier, ("1", "1.0")) == ["right"]
+        answers = [("5", HANGS[0]), *[(str(place), "7.0") for place in range(30)]]
+        verdicts = verifier.verify([(prompt(gold), answer) for gold, answer in answers])
+    assert verdicts[0].detail == "no verdict within 1 s"
+    assert [verdict.right for verdict in verdicts[1:]] == [place == 7 for place in range(30)]
 
 
 def test_cache_returns_without_workers_and_forgets_the_oldest(verifier):

@@ -1,0 +1,103 @@
+"""A Hugging Face model folder as this floor reads it: checked before anything heavy is imported, its tokenizer and end tokens,
+the model itself, and a fingerprint of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises InputError, one line, unless `path` has a config of a known architecture, safetensors and a fast tokenizer."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such model folder; name a Hugging Face folder (or run the command that writes this one)")
+    config_file = path / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{config_file}: missing; a model folder holds config.json, *.safetensors and tokenizer.json") from None
+    except OSError as error:
+        raise InputError(f"{config_file}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{config_file}: not JSON; fetch the model folder again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ARCHITECTURES:
+        raise InputError(f"{config_file}: model_type: {kind!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{path}: no *.safetensors weights; save the model with safetensors into this folder")
+    if not (path / "tokenizer.json").exists():
+        raise InputError(f"{path}/tokenizer.json: missing; save the model's fast tokenizer into this folder")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, exactly as its tokenizer.json says.
+
+    Not AutoTokenizer: for a Qwen2 model it builds that family's own tokenizer and, without a word, puts the family's
+    pre-tokenizer in the place of the file's.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+
+
+def end_tokens(path: Path, tokenizer: Any) -> list[int]:
+    """Token ids that end an output: those of generation_config.json or config.json, and the tokenizer's own. Raises InputError
+    where there are none."""
+    found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).exists():
+            value = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found |= {value} if isinstance(value, int) else set(value or ())
+    if not found:
+        raise InputError(
+            f"{path}: no eos_token_id in generation_config.json, config.json or the tokenizer; an output could never end"
+        )
+    return sorted(found)
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The model of a folder that `check_model_folder` accepts, on the CPU, in `dtype`. attention: as transformers names it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar per rank over fifty tensors is noise among the run's own lines
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    check_causal_lm(model, path)
+    return model
+
+
+def check_causal_lm(model: nn.Module, path: Path) -> None:
+    """Raises InputError for what neither training nor sampling supports."""
+    other = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
+    if other:
+        raise InputError(f"{path}/config.json: layer_types {sorted(other)} are not supported; only full_attention is")
+    if model.lm_head.bias is not None:
+        raise InputError(f"{path}/config.json: an lm_head with a bias is not supported")
+
+
+def fingerprint(path: Path) -> str:
+    """16 hexadecimal digits over the content of all that decides what the model says: weights, configurations, tokenizer."""
+    names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    files = [path / name for name in names if (path / name).exists()] + sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

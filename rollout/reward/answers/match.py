@@ -1,0 +1,232 @@
+"""Do two readings say the same? Structure is compared here, numbers exactly, other formulas by the function that is given.
+
+For what texts leave open, in favour of rejecting:
+- two different units never match; a missing one, or a word that is no unit, matches any;
+- a bare number is a percentage of the same number (17.5 for 17.5%) or the share (0.175), but a number that is at most 1 is the
+  share only: 0.5% is not 0.5;
+- a list is in any order, but in the order given where its names differ and the other side has none, and beside a point;
+- a set is no point, and an interval has the same brackets;
+- an answer may name a part twice, if the ground truth names none twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from rollout.reward.answers.numbers import same_number
+from rollout.reward.answers.read import Group, Node, Value, read, words
+
+Equal = Callable[[str, str], bool]
+"""Is the answer's LaTeX formula (second) equal to the ground truth's (first)?"""
+
+_CHOICE_MARKUP = re.compile(r"\\text(?:bf|rm|it)?\{([^{}]*)\}|\\boxed\{|[$*]|\\[()\[\]]|\\mathbf\{")
+_OPTION = re.compile(r"(?<![A-Za-z])\(?([A-H])\)?\s*[.:)：．]")
+_DENIED = re.compile(r"\bnot\b|n't\b|不|错|\bor\b|或")
+_STATED_FIRST = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
+)
+_STATED_LAST = re.compile(
+    r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选项?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
+    re.IGNORECASE | re.DOTALL,
+)
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
+_LETTERS = re.compile(r"[A-Za-z]{4,}|[\u4e00-\u9fff]+")
+
+
+def same(gold: Node, answer: Node, equal: Equal) -> bool:
+    """gold and answer say the same thing. equal is asked about single formulas only."""
+    if gold.name and answer.name and not _same_name(gold.name, answer.name):
+        return _rearranged(gold, answer, equal)
+    if isinstance(gold, Value) and isinstance(answer, Value):
+        return _same_value(gold, answer, equal)
+    if isinstance(gold, Group) and isinstance(answer, Group):
+        return _same_group(gold, answer, equal)
+    if _is_relation(gold.whole) or _is_relation(answer.whole):
+        return equal(gold.whole, answer.whole)
+    group = gold if isinstance(gold, Group) else answer
+    if group.brackets in ("", "or", "{}") and group.parts:
+        if group is gold and len(group.parts) > 1:
+            return False
+        return all(same(gold if group is answer else part, part if group is answer else answer, equal) for part in group.parts)
+    return False
+
+
+def _same_name(gold: str, answer: str) -> bool:
+    return gold.casefold() == answer.casefold()
+
+
+def _is_relation(text: str) -> bool:
+    return bool(re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb)(?![a-zA-Z])", text))
+
+
+def _rearranged(gold: Node, answer: Node, equal: Equal) -> bool:
+    """Equations that are solved for different things."""
+    return "=" in gold.whole and "=" in answer.whole and equal(gold.whole, answer.whole)
+
+
+def _same_group(gold: Group, answer: Group, equal: Equal) -> bool:
+    lists = ("", "or", "{}")
+    if gold.brackets == ";" or answer.brackets == ";":
+        return gold.brackets in (";", *lists) and answer.brackets in (";", *lists) and _in_order(gold, answer, equal)
+    if gold.brackets in lists and answer.brackets in lists:
+        if _ordered(gold, answer):
+            return _in_order(gold, answer, equal)
+        return _in_any_order(gold, answer, equal)
+    if gold.brackets in lists or answer.brackets in lists:
+        other = gold.brackets if gold.brackets not in lists else answer.brackets
+        listed = gold.brackets if gold.brackets in lists else answer.brackets
+        return other == "()" and listed == "" and _in_order(gold, answer, equal)
+    return gold.brackets == answer.brackets and _in_order(gold, answer, equal)
+
+
+def _ordered(gold: Group, answer: Group) -> bool:
+    """Names that differ say whose each part is; without names on the other side only the order does."""
+    sides = [[part.name for part in side.parts] for side in (gold, answer)]
+    return any(all(own) and len(set(own)) == len(own) > 1 and not any(other) for own, other in (sides, sides[::-1]))
+
+
+def _in_order(gold: Group, answer: Group, equal: Equal) -> bool:
+    return len(gold.parts) == len(answer.parts) and all(
+        same(left, right, equal) for left, right in zip(gold.parts, answer.parts, strict=True)
+    )
+
+
+def _in_any_order(gold: Group, answer: Group, equal: Equal) -> bool:
+    """Each part of the answer is one of the gold's, and none is missing."""
+    if len(answer.parts) < len(gold.parts):
+        return False
+    open_parts, used = list(gold.parts), []
+    for part in answer.parts:
+        place = next((index for index, gold_part in enumerate(open_parts) if same(gold_part, part, equal)), None)
+        if place is not None:
+            used.append(open_parts.pop(place))
+        elif not any(same(gold_part, part, equal) for gold_part in used):
+            return False
+    if open_parts:
+        return False
+    doubled = len(answer.parts) > len(gold.parts)
+    return not doubled or not any(
+        same(left, right, equal) for index, left in enumerate(gold.parts) for right in gold.parts[index + 1 :]
+    )
+
+
+def _same_value(gold: Value, answer: Value, equal: Equal) -> bool:
+    if not gold.name and not answer.name and "=" in gold.text and "=" in answer.text:
+        return gold.text == answer.text or equal(gold.text, answer.text)
+    if (gold.name and not answer.name and "=" in answer.text) or (answer.name and not gold.name and "=" in gold.text):
+        return equal(gold.whole, answer.whole)
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        return _degrees(gold, answer, equal)
+    if gold.unit == answer.unit:
+        return _same_text(gold, answer, equal)
+    if "%" in (gold.unit, answer.unit):
+        return _percent(gold, answer, equal)
+    if gold.product or answer.product:
+        return _unnamed_equal(gold.whole, answer.whole, equal)
+    return _same_text(gold, answer, equal) or _degrees(gold, answer, equal)
+
+
+def _degrees(gold: Value, answer: Value, equal: Equal) -> bool:
+    """90° is π/2."""
+    for degrees, other in ((gold, answer), (answer, gold)):
+        if degrees.unit == "degree" and other.unit in ("", "radian") and r"\pi" in other.text:
+            scaled = rf"\frac{{({degrees.text})\pi}}{{180}}"
+            return equal(scaled, other.text) if degrees is gold else equal(other.text, scaled)
+    return False
+
+
+def _percent(gold: Value, answer: Value, equal: Equal) -> bool:
+    share, bare = (gold, answer) if gold.unit == "%" else (answer, gold)
+    if bare.unit:
+        return False
+    if share.number is None or bare.number is None:
+        scaled = rf"\frac{{{share.text}}}{{100}}"
+        return equal(scaled, bare.text) if share is gold else equal(bare.text, scaled)
+    value, other = share.number.value, bare.number.value
+    return other == value / 100 or (other == value and (share is gold or abs(other) > 1))
+
+
+def _same_text(gold: Value, answer: Value, equal: Equal) -> bool:
+    if gold.number is not None and answer.number is not None:
+        return same_number(gold.number, answer.number)
+    if _squeeze(gold.text) == _squeeze(answer.text):
+        return True
+    clocks = _CLOCK.fullmatch(gold.text), _CLOCK.fullmatch(answer.text)
+    if all(clocks):
+        return [int(part or 0) for part in clocks[0].groups()] == [int(part or 0) for part in clocks[1].groups()]
+    if (ratio := _same_ratio(gold.text, answer.text)) is not None:
+        return ratio
+    if _worded(gold.text) or _worded(answer.text):
+        return words(gold.text) == words(answer.text)
+    return _unnamed_equal(gold.text, answer.text, equal)
+
+
+def _unnamed_equal(gold: str, answer: str, equal: Equal) -> bool:
+    return equal(gold, answer)
+
+
+def _squeeze(text: str) -> str:
+    """Spaces and needless braces apart, the same LaTeX."""
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+
+
+def _same_ratio(gold: str, answer: str) -> bool | None:
+    """1:2:3 is 2:4:6; None where neither is a ratio of plain numbers, of three or more."""
+    sides = []
+    for text in (gold, answer):
+        parts = [part.strip() for part in text.split(":")]
+        if len(parts) < 2 or not all(re.fullmatch(r"\d+(?:\.\d+)?", part) for part in parts):
+            sides.append(None)
+            continue
+        sides.append([Fraction(part) for part in parts])
+    if None in sides:
+        return None if sides == [None, None] or 2 in [len(side) for side in sides if side] else False
+    left, right = sides
+    if len(left) != len(right):
+        return False
+    return all(a * right[0] == b * left[0] for a, b in zip(left, right, strict=True)) and bool(left[0]) == bool(right[0])
+
+
+def _worded(text: str) -> bool:
+    """Words and nothing else: no product of variables."""
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    return not re.search(r"[\d\\^_=+*/<>|]", bare) and ((bare != text and len(words(text)) > 1) or bool(_LETTERS.search(bare)))
+
+
+def match(gold: str, answer: str, equal: Equal) -> bool | None:
+    """Do the texts say the same? None where one of them cannot be read: prose around several formulas."""
+    if (choice := _same_choice(gold, answer)) is not None:
+        return choice
+    for alternative in re.split(r"\\?#\s*\\?#", gold):
+        gold_nodes, answer_nodes = read(alternative), read(answer)
+        if not gold_nodes or not answer_nodes:
+            return None
+        if any(same(left, right, equal) for left in gold_nodes for right in answer_nodes):
+            return True
+    return False
+
+
+def _same_choice(gold: str, answer: str) -> bool | None:
+    """The letters of a multiple choice; None where the ground truth is none."""
+    wanted = _choice_letters(gold)
+    if not wanted:
+        return None
+    given = _choice_letters(answer)
+    if given:
+        return given == wanted
+    bare = _CHOICE_MARKUP.sub(r"\1", answer).strip()
+    if _DENIED.search(bare) or len(set(_OPTION.findall(bare))) > 1:
+        return False
+    stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare)
+    return {stated[1].upper()} == wanted if stated else None
+
+
+def _choice_letters(text: str) -> set[str]:
+    bare = re.sub(r"\\(?:text|math)(?:bf|rm|it|sf)?(?![a-z])|\\boxed|\\[()\[\]]|[${}*\s]", "", text)
+    if not re.fullmatch(r"\(?[A-H]\)?(?:(?:[,、和与]|and)?\(?[A-H]\)?)*[.。]?", bare) or "or" in bare:
+        return set()
+    letters = re.findall("[A-H]", bare)
+    single, apart, sorted_up = len(letters) == 1, re.search("[,、和]", bare), letters == sorted(set(letters))
+    return set(letters) if len(set(letters)) == len(letters) and (single or apart or sorted_up) else set()

@@ -1,0 +1,120 @@
+"""A forked process that runs one scorer, under a clock that is held outside it.
+
+SymPy spends minutes inside one C call on an answer like 9^{9^{9^9}}, where no signal handler and no other thread gets a turn; a
+process can be killed. A spawned one is slow to replace, because it imports SymPy anew. So a worker imports once, never
+calculates itself, and forks the process that does. The worker has one thread and neither CUDA nor locks, so its forks inherit
+nothing that is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 0.5
+"""How long a forked process may take to begin, which on a busy machine is no part of the function's time."""
+
+_BEGINS = b"begins"
+_PR_SET_PDEATHSIG = 1
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class LateError(Exception):
+    """No result in time; the process was killed."""
+
+
+class DiedError(Exception):
+    """The process ended by itself; the message says how."""
+
+
+class Checker:
+    """Calls `function` in a forked process, one call after the other. What it returns must pickle; it must not raise."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._pid = 0
+
+    def call(self, seconds: float, at_most: float, *args: Any) -> Any:
+        """The function's result, within `seconds` of processor time and `at_most` seconds by the clock, both from its beginning:
+        on a busy machine a short turn stays a turn. Raises LateError or DiedError, and then the next call has a new process."""
+        if not self._pid:
+            self._fork()
+        try:
+            self._pipe.send(args)
+            if self._pipe.poll(START_SECONDS) and self._pipe.recv() == _BEGINS and self._wait(seconds, at_most):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            raise DiedError(self._end()) from None
+        self._end()
+        raise LateError
+
+    def _wait(self, seconds: float, at_most: float) -> bool:
+        """Whether the result is there."""
+        end, used = time.monotonic() + at_most, _processor_seconds(self._pid)
+        while True:
+            left = min(seconds - (_processor_seconds(self._pid) - used), end - time.monotonic())
+            if left <= 0:
+                return self._pipe.poll(0)
+            if self._pipe.poll(max(left, 0.01)):
+                return True
+
+    def close(self) -> None:
+        if self._pid:
+            self._end()
+
+    def _fork(self) -> None:
+        self._pipe, theirs = Pipe()
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._pipe.close()
+                die_with(parent)
+                self._serve(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def _serve(self, pipe: Any) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                args = pipe.recv()
+                pipe.send(_BEGINS)
+                pipe.send(self._function(*args))
+
+    def _end(self) -> str:
+        """Kill it where it still lives; how it ended."""
+        pid, self._pid = self._pid, 0
+        self._pipe.close()
+        os.kill(pid, signal.SIGKILL)
+        return f"exit code {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}"
+
+
+def _processor_seconds(pid: int) -> float:
+    """What the process has used so far; where the system does not tell, the clock."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the thread that started this process ends."""
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(1)

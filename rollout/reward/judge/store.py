@@ -1,0 +1,80 @@
+"""Decisions that were paid for, and what they cost: one SQLite file a rank in the run's folder, or memory.
+
+A decision is found again by the content of its case and whatever else it depends on. So a run that was stopped and does a step
+again gets the verdicts that it had, and asks for none of them twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+
+from rollout.errors import InputError
+from rollout.reward.judge.decision import Decision, schema
+from rollout.reward.judge.endpoint import Spent
+from rollout.reward.judge.request import PREFIX, Case, messages
+from rollout.reward.judge.settings import JudgeSettings
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS decision (key BLOB PRIMARY KEY, parts TEXT NOT NULL, process INTEGER, reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS spent (one INTEGER PRIMARY KEY CHECK (one = 1), requests INTEGER NOT NULL, tokens INTEGER NOT NULL);
+INSERT OR IGNORE INTO spent VALUES (1, 0, 0);
+"""
+
+
+class Store:
+    """path: None keeps it in memory. Used from the thread that made it. Raises InputError for a file that is none of these."""
+
+    def __init__(self, path: Path | None) -> None:
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._base = sqlite3.connect(path or ":memory:", isolation_level=None)
+            # Each line is kept as it comes and survives a kill; a power cut may take the file with it, which costs requests only.
+            self._base.execute("PRAGMA synchronous = OFF")
+            self._base.executescript(_TABLES)
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(f"{path}: no store of a judge's decisions ({error}); remove it, and they are asked anew") from None
+
+    def spent(self) -> Spent:
+        return Spent(*self._base.execute("SELECT requests, tokens FROM spent").fetchone())
+
+    def find(self, key: bytes) -> Decision | None:
+        row = self._base.execute("SELECT parts, process, reason FROM decision WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        parts, process, reason = row
+        return Decision(tuple(part == "1" for part in parts), None if process is None else bool(process), reason)
+
+    def keep(self, key: bytes, decision: Decision) -> None:
+        parts = "".join("1" if part else "0" for part in decision.parts)
+        process = None if decision.process is None else int(decision.process)
+        self._base.execute("INSERT OR REPLACE INTO decision VALUES (?, ?, ?, ?)", (key, parts, process, _whole(decision.reason)))
+
+    def keep_spent(self, spent: Spent) -> None:
+        self._base.execute("UPDATE spent SET requests = ?, tokens = ?", (spent.requests, spent.tokens))
+
+    def close(self) -> None:
+        self._base.close()
+
+
+def key_of(case: Case, settings: JudgeSettings) -> bytes:
+    """Equal keys, equal requests but for the code: of the model, the words it is asked in, and the material."""
+    process = settings.process != "off"
+    request = [
+        settings.model,
+        settings.temperature,
+        settings.max_tokens,
+        dict(settings.extra_body),
+        messages(case, settings, code=""),
+        PREFIX,
+        schema(case.parts, process=process, reason_chars=settings.reason_chars),
+    ]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+
+
+def _whole(text: str) -> str:
+    """JSON may write half a surrogate pair, which no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
