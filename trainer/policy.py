@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rollout.errors import InputError
+from rollout import model_folder
 from rollout.weights.source import TensorMeta
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MicroBatch
+from trainer.loading import empty_causal_lm, load_shards
 
 HeadFunction = Callable[[Tensor, Tensor], Any]
 """(hidden_RD, weight_VD) → whatever the caller wants computed while the weight is whole."""
@@ -81,33 +82,31 @@ class PolicyWeights:
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, attention: str = PACKED_ATTENTION) -> nn.Module:
-    """The model of a folder that `trainer.model_folder.check_model_folder` accepts, on the CPU, in `dtype`."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar per rank over fifty tensors is noise among the run's own lines
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, local_files_only=True)
-    other = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
-    if other:
-        raise InputError(f"{path}/config.json: layer_types {sorted(other)} are not supported; only full_attention is")
-    if model.lm_head.bias is not None:
-        raise InputError(f"{path}/config.json: an lm_head with a bias is not supported")
-    return model
+    """See `rollout.model_folder.load_causal_lm`; with the trainer's attention over packed sequences."""
+    return model_folder.load_causal_lm(path, dtype, attention)
 
 
 def build_policy(
     path: Path, *, mesh: DeviceMesh, precision: torch.dtype, gradient_checkpointing: bool = False, trainable: bool = True
 ) -> Policy:
-    """Loads, shards and places a policy: fp32 master weights, `precision` in compute, fp32 reduction of gradients.
+    """A policy in shards, loaded into them (`trainer.loading`): fp32 master weights, `precision` in compute, fp32 reduction of
+    gradients.
 
     Each decoder layer is one FSDP unit; an untied head is its own; embedding, last norm and a tied head form the root.
     """
-    causal_lm = load_causal_lm(path, torch.float32)
+    causal_lm = empty_causal_lm(path)
     if gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(causal_lm).requires_grad_(trainable)
     policy.train(trainable)
-    return shard(policy, mesh, precision)
+    shard(policy, mesh, precision)
+    load_shards(policy, path, mesh_device(mesh))
+    return policy
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """This rank's."""
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, precision: torch.dtype) -> Policy:

@@ -5,6 +5,7 @@ Started plainly it trains on one rank, or with `--ranks N` hands itself to torch
 
 from __future__ import annotations
 
+import argparse
 from contextlib import closing
 
 from trainer import cli, launch
@@ -13,6 +14,7 @@ from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
 from trainer.environment import RunLock, provenance
 from trainer.metrics import read_metrics
+from trainer.planner.launch import check_memory
 from trainer.plot import plot
 from trainer.preflight import Inputs, check_run
 from trainer.summary import summarize, table, write_summary
@@ -22,24 +24,30 @@ def main(arguments: list[str]) -> int:
     options = launch.parse("trainer.train", "Train a policy by reinforcement learning, stage after stage.", arguments)
     config = load_config(options.config, options.overrides)
     if launch.is_rank():
-        return run_rank(config)
+        return run_rank(config, None if options.checked else options)
     if options.check or options.ranks > 1:
         inputs = check_run(config)
+        check_memory(options)
         RunLock(config.run).release()
         if options.check:
             prompts = sum(source.state()["count"] for source in inputs.sources.values())
             print(f"{options.config}: {prompts} prompts, {config.total_steps} steps: fine")
             return 0
         return launch.torchrun("trainer.train", options)
-    return run_rank(config)
+    return run_rank(config, options)
 
 
-def run_rank(config: RunConfig) -> int:
-    """This process's part of a run. Rank 0 checks and reads the inputs and owns the run folder."""
+def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> int:
+    """This process's part of a run. Rank 0 checks and reads the inputs and owns the run folder.
+
+    options: of a launch whose memory has not been checked yet.
+    """
     if not launch.first_rank():
         train(config, None)
         return 0
     inputs = check_run(config)
+    if options is not None:
+        check_memory(options)
     with RunLock(config.run):
         train(config, inputs)
         conclude(config)
@@ -53,7 +61,7 @@ def train(config: RunConfig, inputs: Inputs | None) -> None:
     from trainer.setup import build_parts
 
     stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
-    with process_group(config.parallel.timeout_seconds) as (ranks, mesh, device):
+    with process_group(config.parallel.timeout_seconds, config.parallel.shard_ranks) as (ranks, mesh, device):
         console = Console(config.total_steps, stages) if ranks.first else NullConsole()
         with console, closing(build_parts(config, ranks, mesh, device, console)) as parts:
             TrainingLoop(config, inputs, parts, ranks, console).run()

@@ -77,7 +77,7 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
     encode = example_encoder(
         tokenizer, prompt_encoder(tokenizer, config.template), end_tokens(settings.base, tokenizer)[0], settings, config
     )
-    with process_group(config.parallel.timeout_seconds) as (ranks, mesh, device), (
+    with process_group(config.parallel.timeout_seconds, config.parallel.shard_ranks) as (ranks, mesh, device), (
         Console(settings.steps, [(0, "warm-up", settings.steps)]) if ranks.first else NullConsole()
     ) as console:  # fmt: skip
         policy = build_policy(settings.base, mesh=mesh, precision=precision_of(config.model, device))

@@ -1,4 +1,5 @@
-"""One batch on 1, 2 and 4 ranks, in 1, 2 and 5 micro-batches: the same loss, gradients, statistics and updated weights.
+"""One batch on 1, 2 and 4 ranks and on 2 × 2 (two copies of the model, two shards each), in 1, 2 and 5 micro-batches: the same
+loss, gradients, statistics and updated weights.
 
 Why: a token's weight belongs to the mini-batch, and gradients are summed over ranks and micro-batches. A factor of the number of
 ranks, a mean taken on one rank, a dropped micro-batch or a rank without sequences would all train, and train something else.
@@ -21,12 +22,15 @@ from tiny_policy import CASES, OBJECTIVES, Case, Naive, batches, difference, one
 from trainer.packing import pack
 
 RANKS = (1, 2, 4)
+LAYOUTS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
+"""(ranks, of them to a copy of the model)."""
 TOLERANCE = 1e-5
 
 
-def launch(ranks: int, folder: Path) -> dict:
-    """All cases on `ranks` processes of this machine."""
-    output = folder / f"{ranks}.pt"
+def launch(layout: str, folder: Path) -> dict:
+    """All cases on processes of this machine."""
+    ranks, shards = LAYOUTS[layout]
+    output = folder / f"{layout}.pt"
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "WORLD_SIZE": str(ranks),
@@ -34,7 +38,7 @@ def launch(ranks: int, folder: Path) -> dict:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, tiny_policy.__file__, str(folder / f"rendezvous-{ranks}"), str(output)]
+    command = [sys.executable, tiny_policy.__file__, str(folder / f"rendezvous-{layout}"), str(output), str(shards)]
     processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}, cwd=root) for rank in range(ranks)]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0] * ranks
@@ -45,25 +49,25 @@ def launch(ranks: int, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, dict]:
-    """ranks → repr(case) → what `tiny_policy.train` gives."""
+def results(tmp_path_factory) -> dict[str, dict]:
+    """layout → repr(case) → what `tiny_policy.train` gives."""
     folder = tmp_path_factory.mktemp("ranks")
-    several = {ranks: launch(ranks, folder) for ranks in RANKS if ranks > 1}
+    several = {layout: launch(layout, folder) for layout in LAYOUTS if layout != "1"}
     # On one thread like them: where a vectorised function's tail falls, which has other roundings, depends on the number of
     # threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with one_rank() as mesh:
-            return {1: {repr(case): train(case, mesh) for case in CASES}, **several}
+            return {"1": {repr(case): train(case, mesh) for case in CASES}, **several}
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.micro_batches}-{case.gradient_checkpointing}")
-def test_invariance(results, case, ranks):
-    expected, got = results[1][repr(Case(case.kind))], results[ranks][repr(case)]
+def test_invariance(results, case, layout):
+    expected, got = results["1"][repr(Case(case.kind))], results[layout][repr(case)]
     assert len(expected) == len(got) == 2
     for mini_batch in range(2):
         one, other = expected[mini_batch], got[mini_batch]
@@ -77,14 +81,14 @@ def test_invariance(results, case, ranks):
             assert (other["weights"][name] - weight).square().mean().sqrt() < 1e-3 * lr, name
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_the_invariant_value_is_the_right_one(results, kind, ranks):
+def test_the_invariant_value_is_the_right_one(results, kind, layout):
     config = stage(OBJECTIVES[kind])
     objective = config.objective
     naive = Naive(batches(config)[0], config, tied=kind == "tied")
     expected = naive.policy.loss + objective.entropy_coefficient * naive.mean_entropy
-    got = results[ranks][repr(Case(kind))][0]
+    got = results[layout][repr(Case(kind))][0]
     tokens = sum(len(entropy) for entropy in naive.entropies)
     gap_T = naive.reference_gap_T
     sums = {

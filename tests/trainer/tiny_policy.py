@@ -1,7 +1,7 @@
 """A policy small enough to train in a test, a step's batch for it, and the cases of test_rank_invariance.py.
 
-As a script it is one rank of several: RANK and WORLD_SIZE in the environment, `tiny_policy.py RENDEZVOUS OUTPUT` on the command
-line. All cases run in one launch, because importing torch takes longer than any of them.
+As a script it is one rank of several: RANK and WORLD_SIZE in the environment, `tiny_policy.py RENDEZVOUS OUTPUT SHARDS` on the
+command line. All cases run in one launch, because importing torch takes longer than any of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trainer.actor import Actor
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MiniBatch, TokenSequence, mini_batches
 from trainer.config import ActorConfig, BatchConfig, DataConfig, ObjectiveConfig, PromptsFile, SamplingConfig, StageConfig
+from trainer.distributed import MESH_NAMES, mesh_shape
 from trainer.policy import Policy, shard
 
 VOCABULARY = 61
@@ -213,13 +214,14 @@ def train(case: Case, mesh: DeviceMesh) -> list[dict]:
     return results
 
 
-def main(rendezvous: str, output: str) -> None:
+def main(rendezvous: str, output: str, shards: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
     )
-    mesh = init_device_mesh("cpu", (ranks,))
+    shape = mesh_shape(ranks, int(shards))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESH_NAMES[-len(shape) :])
     results = {case: train(case, mesh) for case in CASES}
     if rank == 0:
         torch.save({repr(case): result for case, result in results.items()}, output)
