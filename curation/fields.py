@@ -142,7 +142,8 @@ def as_text(field: str, value: Any, paths: tuple[str, ...]) -> str | None:
 
 
 def as_options(value: Any) -> str:
-    """Multiple-choice options, one a line: texts, TAL's [{aoVal, content}], {"A": …}."""
+    """Multiple-choice options, one a line, blank ones too, so that each keeps its letter: texts, TAL's [{aoVal, content}],
+    {"A": …}."""
     if isinstance(value, dict):
         value = [f"{key}. {text}" for key, text in value.items() if text is not None]
     if not isinstance(value, list):
@@ -152,8 +153,8 @@ def as_options(value: Any) -> str:
         item = item[0] if isinstance(item, list) and item else item
         if isinstance(item, dict):
             item = f"{item.get('aoVal', item.get('label', ''))}. {item.get('content', item.get('text', ''))}"
-        lines.append(str(item).strip())
-    return "\n".join(line for line in lines if line)
+        lines.append(" ".join(str(item).split()))  # a line break within one would make two of it
+    return "\n".join(lines) if any(lines) else ""
 
 
 def _numina(row: dict[str, Any]) -> tuple[str, str]:

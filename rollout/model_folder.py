@@ -46,6 +46,17 @@ def check_model_folder(path: Path) -> None:
         raise InputError(f"{path}/tokenizer.json: missing; save the model's fast tokenizer into this folder")
 
 
+def longest_context(config: dict[str, Any]) -> int | None:
+    """Tokens that a model's positions reach, from its config.json: scaled rotary frequencies (YaRN and the like) reach further
+    than those it was first trained on. None where it does not say."""
+    positions = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the latter in transformers 5
+    first, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if positions is None or not isinstance(factor, int | float) or scaling.get("rope_type", scaling.get("type")) == "default":
+        return positions
+    return max(positions, int((first or positions) * factor))
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder, exactly as its tokenizer.json says.
 
@@ -88,6 +99,8 @@ def check_causal_lm(model: nn.Module, path: Path) -> None:
     other = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
     if other:
         raise InputError(f"{path}/config.json: layer_types {sorted(other)} are not supported; only full_attention is")
+    if model.config.model_type == "qwen3" and getattr(model.config, "attention_bias", False):
+        raise InputError(f"{path}/config.json: attention_bias is not supported for qwen3: vLLM's has no bias behind attention")
     if model.lm_head.bias is not None:
         raise InputError(f"{path}/config.json: an lm_head with a bias is not supported")
 

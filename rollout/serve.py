@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from rollout.cli import Parser, run
 from rollout.errors import InputError
+from rollout.model_folder import longest_context
 from rollout.vllm.child import environment
 from rollout.vllm.server_plugin import KEY_VARIABLE, ServeSettings
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
 def checked(options: argparse.Namespace) -> ServeSettings:
     """All of it possible on this machine, as far as can be told without vLLM. Raises InputError."""
     config = _config(options.model, load=options.load)
-    longest = config.get("max_position_embeddings")
+    longest = longest_context(config)
     max_model_len = options.max_model_len or longest
     if max_model_len is None:
         raise InputError(f"{options.model}/config.json: has no max_position_embeddings; give --max-model-len")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.linear_policy_loss import PolicyLoss, PolicyLossInputs, linear_policy_loss
@@ -192,8 +193,14 @@ class Actor:
 
         Returns (gradient norm before the clip, learning rate, whether the step was skipped).
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm, foreach=False)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parameters = list(self.policy.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Copies of the model (HSDP) each sum their own shards: with one number for all they cannot drift apart.
+        norm = self.all_reduce(norm, dist.ReduceOp.MAX)
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm, foreach=False)
+        grad_norm = float(norm)
         lr = learning_rate(config, self.updates)
         skipped = not math.isfinite(grad_norm)
         if not skipped:

@@ -72,7 +72,7 @@ class Checkpoints:
             _write_manifest(beside)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
-            _flush(self._folder)
+            flush(self._folder)
             self._prune(final)
         self._ranks.broadcast(None)  # the checkpoint exists when save returns, on every rank
 
@@ -195,14 +195,14 @@ def _write_manifest(folder: Path) -> None:
     """Flushes everything to disk, then lists the files."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        _flush(path)
+        flush(path)
         if path.is_dir():
             continue
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(files, indent=1), encoding="utf-8")
-    _flush(manifest)
-    _flush(folder)
+    flush(manifest)
+    flush(folder)
 
 
 def _damage(folder: Path) -> str | None:
@@ -225,7 +225,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync of a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint's model weights without a policy, a process group or a second copy: one tensor in memory at a time."""
+"""A checkpoint's model weights without a policy, a process group or a second copy: a GiB, or one tensor, in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from rollout.weights.source import TensorMeta
 
+BATCH_BYTES = 1 << 30
 PREFIX = "model.causal_lm."
 """Of a weight's name in a checkpoint (`trainer.checkpoint`, `trainer.policy.Policy`)."""
 
@@ -33,7 +34,19 @@ class CheckpointWeights:
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for batch in self._batches():
+            tensors = {meta.name: torch.empty(meta.shape, dtype=meta.dtype) for meta in batch}
+            wanted = {PREFIX + name: tensor for name, tensor in tensors.items()}
+            dcp.load(wanted, storage_reader=FileSystemReader(self._folder), no_dist=True)
+            yield from tensors.items()
+
+    def _batches(self) -> Iterator[list[TensorMeta]]:
+        """Loaded at once: each load reads the checkpoint's index."""
+        batch: list[TensorMeta] = []
         for meta in self._metadata:
-            tensor = torch.empty(meta.shape, dtype=meta.dtype)
-            dcp.load({PREFIX + meta.name: tensor}, storage_reader=FileSystemReader(self._folder), no_dist=True)
-            yield meta.name, tensor
+            if batch and sum(each.elements * each.dtype.itemsize for each in [*batch, meta]) > BATCH_BYTES:
+                yield batch
+                batch = []
+            batch.append(meta)
+        if batch:
+            yield batch

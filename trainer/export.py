@@ -30,7 +30,7 @@ from rollout.weights.folder import FolderWeights
 from rollout.weights.source import WeightSource
 from rollout.weights.wire import quantize
 from trainer import cli
-from trainer.checkpoint import complete_checkpoint
+from trainer.checkpoint import complete_checkpoint, flush
 from trainer.checkpoint_weights import CheckpointWeights
 from trainer.config_file import load_config
 
@@ -87,6 +87,9 @@ def open_source(source: Path, step: int | None) -> tuple[WeightSource, Path, str
 def export(weights: WeightSource, base: Path, out: Path, form: str, advance: Callable[[], object] = lambda: None) -> int:
     """Writes `out`, with the configuration and tokenizer of `base`; bytes of the weights."""
     dtypes = {meta.name: meta.dtype for meta in FolderWeights(base).metadata()}
+    for meta in weights.metadata():
+        if meta.name not in dtypes:
+            raise InputError(f"{base}: has no weight {meta.name}, which is to be exported; it is not the run's base model")
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -96,7 +99,10 @@ def export(weights: WeightSource, base: Path, out: Path, form: str, advance: Cal
             shutil.copyfile(base / name, beside / name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (beside / "config.json").write_text(json.dumps(described(config, form), indent=2) + "\n", encoding="utf-8")
+    for path in (*beside.iterdir(), beside):
+        flush(path)
     os.replace(beside, out)
+    flush(out.absolute().parent)
     return total
 
 

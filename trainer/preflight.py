@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 from rollout.errors import InputError
+from rollout.model_folder import longest_context
 from rollout.prompts import PromptSource, read_prompts
 from rollout.reward.correctness import needs_judge
 from rollout.reward.judge.settings import JudgeSettings
@@ -79,8 +80,8 @@ def check_engine(config: RunConfig) -> None:
             f"engine.tensor_parallel: {config.engine.tensor_parallel} does not divide the model's {heads} attention heads "
             f"({config.model.path}/config.json); set it to a divisor"
         )
-    positions = model.get("max_position_embeddings")
-    if config.engine.kind != "transformers" and positions and not model.get("rope_scaling") and config.max_tokens > positions:
+    positions = longest_context(model)
+    if config.engine.kind != "transformers" and positions and config.max_tokens > positions:
         raise InputError(
             f"{config.model.path}/config.json: max_position_embeddings: {positions} is less than the {config.max_tokens} tokens "
             "of the run's longest context or evaluation; lower stages[].context or evaluation.max_new_tokens"

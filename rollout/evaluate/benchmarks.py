@@ -223,7 +223,7 @@ def _prompt(identity: str, name: str, where: str, found: Found) -> Prompt:
 
 def _lettered(options: str) -> str:
     """One option a line; letters are put before them where they have none."""
-    lines = options.splitlines()
+    lines = options.split("\n")
     named = [_NAMED_OPTION.match(line) for line in lines]
     if all(match and match[1] == chr(ord("A") + place) for place, match in enumerate(named)):
         return options

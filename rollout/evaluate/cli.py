@@ -24,7 +24,7 @@ from rollout.errors import EngineError, InputError
 from rollout.evaluate.benchmarks import KNOWN, Benchmark, load, parse_names
 from rollout.evaluate.record import RESULTS, TABLE, Record, write_text
 from rollout.evaluate.template import Template, read_template
-from rollout.model_folder import check_model_folder, end_tokens, fingerprint, load_tokenizer
+from rollout.model_folder import check_model_folder, end_tokens, fingerprint, load_tokenizer, longest_context
 from rollout.template import encode_prompt
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     settings = settings_of(asked)
     from rollout.evaluate import report
 
-    with RunLock(asked.folder), closing(Record(asked.folder, settings)) as record:
+    with RunLock(asked.folder), closing(Record(asked.folder, settings, provenance_now())) as record:
         if missing(asked, record):
             run(asked, record)
         results = results_of(asked, record, settings)
@@ -132,13 +132,13 @@ def check_positions(asked: Asked) -> None:
     """Raises InputError where prompt and response would leave the model's positions."""
     file = asked.options.model / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    positions = config.get("max_position_embeddings")
-    if positions and not config.get("rope_scaling") and asked.max_tokens > positions:
+    positions = longest_context(config)
+    if positions and asked.max_tokens > positions:
         left = positions - (asked.max_tokens - asked.decoding.max_new_tokens)
         mend = f"give at most {left}" if left > 0 else "the longest prompt alone is too long for this model"
         raise InputError(
             f"--max-new-tokens {asked.decoding.max_new_tokens}: makes {asked.max_tokens} tokens with the longest prompt, and "
-            f"max_position_embeddings in {file} is {positions}; {mend}"
+            f"the positions in {file} end at {positions} (max_position_embeddings); {mend}"
         )
 
 
@@ -174,7 +174,12 @@ def settings_of(asked: Asked) -> dict[str, Any]:
         **embedded,
         "template": asdict(asked.template),
         "decoding": decoding,
-        "rule": {"kind": RULE, "timeout_seconds": options.timeout, "repetition": asdict(RepetitionLimits())},
+        "rule": {
+            "kind": RULE,
+            "version": version_of(RULE),
+            "timeout_seconds": options.timeout,
+            "repetition": asdict(RepetitionLimits()),
+        },
         "benchmarks": {
             each.name: {"questions": len(each.prompts), "k": each.k, "digest": each.digest} for each in asked.benchmarks
         },
@@ -252,8 +257,12 @@ def results_of(asked: Asked, record: Record, settings: dict[str, Any]) -> dict[s
             each.name: report.figures(each, record.outcomes(each.name).values(), seed=asked.options.seed)
             for each in asked.benchmarks
         },
-        "provenance": provenance() | {"vllm": vllm_version(), "device": device_name()},
+        "provenance": record.provenance(),
     }
+
+
+def provenance_now() -> dict[str, str]:
+    return provenance() | {"vllm": vllm_version(), "device": device_name()}
 
 
 def vllm_version() -> str:

@@ -2,7 +2,8 @@
 
     DIR/evaluation.json    all that decides the outcome; another start must ask for the same
     DIR/outputs.jsonl      one line an output, in the order they were judged; appended, and on disk before the next are waited for
-    DIR/results.json       computed from the two above alone, as results.md is
+    DIR/sessions.jsonl     one line for each start that sampled anything: with which machine, versions and commit
+    DIR/results.json       computed from the three above alone, as results.md is
 
 A line that a kill tore is the last one; the next start cuts it off and samples that output again.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rollout.evaluate.grading import Grade
 
 SETTINGS, OUTPUTS, RESULTS, TABLE = "evaluation.json", "outputs.jsonl", "results.json", "results.md"
+SESSIONS = "sessions.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,11 @@ _FIELDS = Outcome.__slots__
 
 
 class Record:
-    """Of one folder, by the process that has its lock. Nothing is written before the first output. Raises InputError for a folder
-    that was begun with other settings, and for one whose outputs.jsonl is damaged."""
+    """Of one folder, by the process that has its lock; provenance: that process's. Nothing is written before the first output.
+    Raises InputError for a folder that was begun with other settings, and for one whose outputs.jsonl is damaged."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(self, folder: Path, settings: dict[str, Any], provenance: dict[str, str]) -> None:
+        self._folder, self._settings, self._provenance = folder, settings, provenance
         self._outcomes: dict[str, dict[tuple[int, int], Outcome]] = {}
         _check_settings(folder, settings)
         path = folder / OUTPUTS
@@ -65,6 +67,16 @@ class Record:
     def outcomes(self, benchmark: str) -> dict[tuple[int, int], Outcome]:
         """(question, sample) → outcome, of what has been kept so far."""
         return self._outcomes.get(benchmark, {})
+
+    def provenance(self) -> list[dict[str, str]]:
+        """Of every session that sampled something, those that are alike once."""
+        path = self._folder / SESSIONS
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        rows: list[dict[str, str]] = []
+        for line in lines:
+            if line.endswith(b"\n") and (row := json.loads(line)) not in rows:
+                rows.append(row)
+        return rows
 
     def append(self, benchmark: str, judged: Sequence[tuple[int, int, Prompt, Sample, Grade]], at: float) -> None:
         """(question, sample, …) each. On disk when it returns. An output that is there already (a batch is sampled whole again)
@@ -95,6 +107,10 @@ class Record:
         if self._file is None:
             if not (self._folder / SETTINGS).exists():
                 write_text(self._folder / SETTINGS, json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
+            with (self._folder / SESSIONS).open("ab") as sessions:
+                sessions.write(json.dumps(self._provenance, ensure_ascii=False).encode() + b"\n")
+                sessions.flush()
+                os.fsync(sessions.fileno())
             self._file = (self._folder / OUTPUTS).open("ab")
             self._file.truncate(self._sound)
         return self._file

@@ -45,6 +45,7 @@ def figures(benchmark: Benchmark, outcomes: Collection[Outcome], *, seed: int) -
         "rewarded": sum(outcome.rewarded for outcome in outcomes) / asked if asked else None,
         "unjudged": sum(outcome.right is None for outcome in outcomes),
         "truncated": _share(reasons["truncated"], outcomes),
+        "no_verdict_in_time": reasons["timeout"] + reasons["error"],
         "format_failures": _share(reasons["format"], outcomes),
         "repetitive": _share(sum(outcome.repetitive for outcome in outcomes), outcomes),
         "mixed_languages": _share(sum(outcome.mixed for outcome in outcomes), outcomes),
@@ -69,11 +70,12 @@ def seconds_of(outcomes: Collection[Outcome]) -> float:
 
 COLUMNS = (
     "benchmark", "questions", "k", "pass@1 (95 %)", "paper", "pass@k", "rewarded", "length", "truncated", "no form", "repeats",
-    "mixed", "unjudged", "tokens/s",
+    "mixed", "timed out", "unjudged", "tokens/s",
 )  # fmt: skip
 HINT = (
     "pass@1: mean correctness of the final answer over k outputs, with the bootstrap interval over questions; pass@k at the "
-    "same k; rewarded: what the training's reward calls right, form and all. The column paper is not measured here: it is the "
+    "same k; rewarded: what the training's reward calls right, form and all; timed out: outputs whose answer could not be "
+    "compared in its time, which count as wrong. The column paper is not measured here: it is the "
     f"published result of {PAPER}."
 )
 
@@ -100,7 +102,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines.append("| " + " | ".join(COLUMNS) + " |")
     lines.append("|---|" + "---:|" * (len(COLUMNS) - 1))
     lines += ["| " + " | ".join(row) + " |" for row in map(_row, results["benchmarks"].values())]
-    machine = ", ".join(f"{name} {value}" for name, value in results["provenance"].items())
+    machines = [", ".join(f"{name} {value}" for name, value in each.items()) for each in results["provenance"]]
+    machine = "; and ".join(machines)
     return "\n".join([*lines, "", HINT, "", f"Model {results['model']['fingerprint']}. Measured with: {machine}.", ""])
 
 
@@ -121,7 +124,8 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         row["title"], questions, str(row["k"]), score, _percent(row["paper_pass@1"], 2),
         _percent(row["pass@k"].get(str(row["k"]))), _percent(row["rewarded"]), _count(row["mean_length"]),
         _percent(row["truncated"]), _percent(row["format_failures"]), _percent(row["repetitive"]),
-        _percent(row["mixed_languages"]), _count(row["unjudged"]), _count(row["tokens_per_second"]),
+        _percent(row["mixed_languages"]), _count(row["no_verdict_in_time"]), _count(row["unjudged"]),
+        _count(row["tokens_per_second"]),
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def environment(threads: int, device: str | None, workers: int = 1, *, pack_weig
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device is None:
-        ours["GLIBC_TUNABLES"] = MALLOC
+        ours["GLIBC_TUNABLES"] = ":".join(filter(None, (kept.get("GLIBC_TUNABLES"), MALLOC)))
         ours[PACK_VARIABLE] = str(int(pack_weights))
         if workers > 1:
             ours["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node for each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from rollout.engine import Decoding, EngineError, Generation, Progress, Request
@@ -43,8 +44,7 @@ class GroupMember:
             self._engine.load(version, source)
             return
         self._version = None
-        for _ in source:
-            pass
+        deque(source, maxlen=0)  # keeps none of them while the next is gathered
         self._version = version
 
     def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> Generation:
@@ -57,10 +57,13 @@ class GroupMember:
         """See `rollout.engine.Engine.sleep`. Returns when the memory of every rank's device has been given back."""
         if self._engine is not None:
             self._engine.sleep()
+        else:
+            self._version = None
         self._meet()
 
     def restart(self) -> None:
         """See `rollout.engine.Engine.restart`."""
+        self._version = None
         if self._engine is not None:
             self._engine.restart()
 

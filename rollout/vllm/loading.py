@@ -50,7 +50,8 @@ class Loading(Protocol):
         """The tensors of a chunk (`rollout.weights.wire`), into a model that computes in dtype. buffer is another's as soon as
         this returns. Raises ValueError where the bytes are not those that were sent."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Raises ValueError where a parameter of the model was not loaded."""
 
 
 def prepare() -> None:
@@ -63,6 +64,7 @@ def loading_of(model: nn.Module, model_config: Any) -> Loading:
     """The one that fits a model that vLLM has built."""
     kept = not _packs() if current_platform.is_cpu() else current_platform.is_cuda() and not model_config.use_mla
     methods = {type(getattr(module, "quant_method", None)) for module in model.modules()}
+    # Quantized while it is loaded, a model has parameters that no checkpoint has.
     return InPlace(model) if kept and methods <= {type(None), *PLAIN} else Layerwise(model, model_config)
 
 
@@ -73,13 +75,15 @@ class InPlace:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._loaded: set[str] = set()
 
     def begin(self) -> None:
-        pass
+        self._loaded = set()
 
     def load(self, entries: list[dict[str, Any]], buffer: Tensor, dtype: torch.dtype) -> None:
         with CheckedCopy() as copy:
-            self._model.load_weights(self._read(entries, buffer, dtype, copy))
+            self._loaded |= self._model.load_weights(self._read(entries, buffer, dtype, copy))
+        copy.end(buffer)
 
     @staticmethod
     def _read(
@@ -97,7 +101,7 @@ class InPlace:
                 check(entry, buffer)
 
     def finish(self) -> None:
-        pass
+        check_all_loaded(self._model, self._loaded)
 
 
 class CheckedCopy(TorchFunctionMode):
@@ -112,13 +116,18 @@ class CheckedCopy(TorchFunctionMode):
     def expect(self, source: Tensor, entry: dict[str, Any]) -> None:
         self._source, self._entry = source, entry
 
+    def end(self, buffer: Tensor) -> None:
+        """Checks what is still expected: the last tensor, where the loader did not ask for another behind it."""
+        if not self.happened():
+            check(self._entry, buffer)
+
     def happened(self) -> bool:
         """Whether the expected copy came; it is expected no longer."""
         happened, self._source = self._source is None, None
         return happened
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if function is not Tensor.copy_ or self._source is None or not self._is_it(*arguments[:2]):
+        if function is not Tensor.copy_ or self._source is None or len(arguments) < 2 or not self._is_it(*arguments[:2]):
             return function(*arguments, **(named or {}))
         target, source = arguments[:2]
         self._source = None
@@ -144,6 +153,7 @@ class Layerwise:
 
     def __init__(self, model: nn.Module, model_config: Any) -> None:
         self._model, self._config = model, model_config
+        self._loaded: set[str] = set()
 
     def begin(self) -> None:
         """Undoes an update that was not finished: layers in the middle of it get back the tensors they had."""
@@ -153,6 +163,7 @@ class Layerwise:
                 _place_kernel_tensors(layer, info)
                 info.reset()
         initialize_layerwise_reload(self._model)
+        self._loaded = set()
 
     def load(self, entries: list[dict[str, Any]], buffer: Tensor, dtype: torch.dtype) -> None:
         def checked() -> Iterator[tuple[str, Tensor]]:
@@ -160,10 +171,12 @@ class Layerwise:
                 check(entry, buffer)
                 yield entry["name"], read(entry, buffer, dtype)
 
-        self._model.load_weights(checked())
+        self._loaded |= self._model.load_weights(checked())
         self._keep_unfinished(buffer)
 
     def finish(self) -> None:
+        if self._config.quantization is None:
+            check_all_loaded(self._model, self._loaded)
         finalize_layerwise_reload(self._model, self._config)
         self._pack_tied_head()
 
@@ -181,6 +194,19 @@ class Layerwise:
         if head is None or not getattr(self._model.config, "tie_word_embeddings", False) or head.weight.device.type != "cpu":
             return
         head.quant_method.process_weights_after_loading(head)
+
+
+def check_all_loaded(model: nn.Module, loaded: set[str]) -> None:
+    """loaded: what the model's own load_weights says it has. Raises ValueError where that is not every parameter, each by any of
+    its names: one without a counterpart in the checkpoint would keep its random values."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    # A tied head is the embedding, though a reload makes a parameter of its own of it for a while.
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    missing = sorted(min(each) for each in names.values() if not each & (loaded | tied))
+    if missing:
+        raise ValueError(f"vLLM's parameters {missing[:3]} ({len(missing)} in all) took nothing of what came")
 
 
 def _packs() -> bool:

@@ -33,11 +33,11 @@ Event = dict[str, Any]
 
 class ServerFault(Exception):
     """A server did not do what was asked; the text, one line, says why. stale: it answered, and its weights are not the ones
-    expected. refused: it answered that it will not (4xx), and asking again will not help."""
+    expected. refused: it answered that it will not (4xx), and asking again will not help. answered: with an error, 4xx or 5xx."""
 
-    def __init__(self, why: str, *, stale: bool = False, refused: bool = False) -> None:
+    def __init__(self, why: str, *, stale: bool = False, refused: bool = False, answered: bool = False) -> None:
         super().__init__(" ".join(why.split()))
-        self.stale, self.refused = stale, refused
+        self.stale, self.refused, self.answered = stale, refused, answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ async def _answered(response: aiohttp.ClientResponse, path: str) -> Event:
         answer = text
     if response.status != 200:
         why = f"{path}: HTTP {response.status} {_message(answer)}"
-        raise ServerFault(why, refused=400 <= response.status < 500)
+        raise ServerFault(why, refused=400 <= response.status < 500, answered=True)
     return answer if isinstance(answer, dict) else {}
 
 

@@ -8,6 +8,7 @@ changed, and says with each output which it was sampled from. Nothing else is be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import threading
@@ -292,8 +293,20 @@ class _Receiver:
     def begin(self, version: int, manifest: list[dict[str, Any]]) -> None:
         self._post("/pause?mode=abort&clear_cache=true")
         self._post("/update_weight_version", {"new_version": f"{self._engine._weights(version)}:incomplete"})
-        self._post("/start_weight_update")
+        self._start_update()
         self._post("/update_weights", {"update_info": {"manifest": manifest}})
+
+    def _start_update(self) -> None:
+        """vLLM leaves an update open whose broadcast could not be joined, or that it would not finish, and then begins no other:
+        a chunk that it refuses ends that one."""
+        try:
+            self._post("/start_weight_update")
+        except EngineError as error:
+            if not (isinstance(error.__cause__, ServerFault) and error.__cause__.answered):
+                raise
+            with contextlib.suppress(EngineError):
+                self.chunk({"abandon": "an update before it did not end"})
+            self._post("/start_weight_update")
 
     def connect(self, info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", {"init_info": info})
@@ -318,7 +331,7 @@ class _Receiver:
         try:
             return self._engine._wait_for(self._server.client.call(method, path, self._seconds, body))
         except ServerFault as fault:
-            raise EngineError(f"{self.name}: {fault}") from None
+            raise EngineError(f"{self.name}: {fault}") from fault
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:

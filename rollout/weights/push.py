@@ -7,6 +7,7 @@ buffer is the largest of: the chunk size asked for, a layer, the embedding.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -77,8 +78,7 @@ class Sender:
         except Exception as error:
             failure = error
         # Making a tensor whole is a collective: the other ranks wait for this one in each that is left.
-        for _ in tensors:
-            pass
+        deque(tensors, maxlen=0)  # keeps none of them while the next is gathered
         if failure is not None:
             raise failure
         return errors

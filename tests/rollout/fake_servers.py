@@ -67,6 +67,8 @@ class FakeServer:
     short_by: int = 0
     weights: str = "default"
     paused: bool = False
+    updating: bool = False
+    """As vLLM: between /start_weight_update and the end of the update or a chunk that is refused."""
     calls: list[str] = field(default_factory=list)
     """Every call's path but the questions for its health and version, in order."""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -111,7 +113,7 @@ class FakeServer:
 
     def start_again(self) -> FakeServer:
         """A new process at the same address: it knows nothing."""
-        self.weights, self.paused, self.at_once = "default", False, 0
+        self.weights, self.paused, self.updating, self.at_once = "default", False, False, 0
         self.fail.clear()
         return self.start()
 
@@ -158,6 +160,8 @@ class FakeServer:
             request.transport.abort()
         if isinstance(how, str) and how.startswith("http"):
             raise web.HTTPTemporaryRedirect(how)
+        if how is not None and request.path == "/update_weights":
+            self.updating = False
         if isinstance(how, int):
             return web.json_response({"error": {"message": "scripted failure"}}, status=how)
         return await handler(request)
@@ -170,6 +174,14 @@ class FakeServer:
             self.paused = request.path == "/pause"
         elif not self.paused:
             return web.json_response({"error": {"message": "an update while outputs are sampled"}}, status=500)
+        elif (request.path == "/start_weight_update") == self.updating:
+            return web.json_response({"error": {"message": "an update is open, or none is"}}, status=500)
+        elif request.path == "/update_weights":
+            if "abandon" in (await request.json())["update_info"].get("chunk", ()):
+                self.updating = False
+                return web.json_response({"error": {"message": "the push was given up"}}, status=500)
+        else:
+            self.updating = request.path == "/start_weight_update"
         return web.json_response({})
 
     async def _reset(self, _request: web.Request) -> web.Response:

@@ -255,3 +255,20 @@ def test_missing_ones_are_named(tmp_path):
         load("math500", None, tmp_path / "none")
     with pytest.raises(InputError, match="is a folder; write mine=FILE"):
         load("mine", tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["first", "second\nline", "third"], ["A. first", "B. second line", "C. third"]),
+        (["x", "", "z"], ["A. x", "B. ", "C. z"]),
+        (["a\fb", "c\u2028d"], ["A. a b", "B. c d"]),
+        ([{"aoVal": "A", "content": "1\n"}, {"aoVal": "B", "content": "a\nb"}], ["A. 1", "B. a b"]),
+    ],
+)
+def test_each_option_keeps_its_letter(tmp_path, options, lines):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"question": "Which?", "options": options, "answer": "B"}) + "\n", encoding="utf-8")
+    (prompt,) = load("mine", file, None).prompts
+    assert [line for line in prompt.question.split("\n") if line[:3] in ("A. ", "B. ", "C. ", "D. ", "E. ")] == lines
+    assert prompt.answer == "B"

@@ -75,7 +75,9 @@ class Grader:
 def parts(folder, engine, sync=None, tokens_per_batch=60):
     """Prompts of 5 tokens and 10 new ones: 4 sequences a batch."""
     encoded = {"b": [np.zeros(5, np.int32)] * QUESTIONS}
-    return Parts(engine, sync or Sync(), Grader(), Record(folder, {"b": 1}), encoded, Decoding(10), 7, tokens_per_batch)
+    return Parts(
+        engine, sync or Sync(), Grader(), Record(folder, {"b": 1}, {"cpu": "one"}), encoded, Decoding(10), 7, tokens_per_batch
+    )
 
 
 def run(made, finished=lambda count: None):

@@ -338,3 +338,20 @@ def test_no_other_copy_counts_as_checked(other):
         assert torch.equal(other(source), plain)
         assert not copy.happened()
         torch.zeros(64, 64).copy_(source)  # expected no longer
+
+
+def test_a_parameter_that_nothing_came_for_is_named():
+    from rollout.vllm.loading import check_all_loaded
+
+    model = torch.nn.Module()
+    model.config = None
+    model.embed, model.norm, model.lm_head = torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4, bias=False)
+    everything = {"embed.weight", "norm.weight", "norm.bias", "lm_head.weight"}
+    check_all_loaded(model, everything)
+    with pytest.raises(ValueError, match=r"vLLM's parameters \['norm.bias'\] \(1 in all\) took nothing of what came"):
+        check_all_loaded(model, everything - {"norm.bias"})
+    model.lm_head.weight = model.embed.weight
+    check_all_loaded(model, everything - {"lm_head.weight"})
+    check_all_loaded(model, everything - {"embed.weight"})
+    with pytest.raises(ValueError, match=r"embed\.weight"):
+        check_all_loaded(model, everything - {"embed.weight", "lm_head.weight"})

@@ -23,7 +23,13 @@ def test_a_context_beyond_the_models_positions_is_refused(tmp_path, monkeypatch)
     check_engine(config_of(tmp_path, "vllm", max_position_embeddings=96))
     with pytest.raises(InputError, match=r"max_position_embeddings: 95 is less than the 96 tokens"):
         check_engine(config_of(tmp_path, "vllm", max_position_embeddings=95))
-    check_engine(config_of(tmp_path, "vllm", max_position_embeddings=95, rope_scaling={"factor": 4.0}))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+    check_engine(config_of(tmp_path, "vllm", max_position_embeddings=24, rope_scaling=yarn))
+    check_engine(config_of(tmp_path, "vllm", max_position_embeddings=24, rope_parameters=yarn))
+    with pytest.raises(InputError, match=r"max_position_embeddings: 95 is less"):
+        check_engine(config_of(tmp_path, "vllm", max_position_embeddings=95, rope_parameters={"rope_type": "default"}))
+    with pytest.raises(InputError, match=r"max_position_embeddings: 92 is less"):
+        check_engine(config_of(tmp_path, "vllm", max_position_embeddings=24, rope_scaling=yarn | {"factor": 3.84}))
     check_engine(config_of(tmp_path, "transformers", max_position_embeddings=95))
 
 
