@@ -6,6 +6,7 @@ import math
 import re
 from fractions import Fraction
 
+_BRACES = re.compile(r"(?<!\\)[{}]")
 _BOXED = re.compile(r"\\f?boxed\s*\{")
 _PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)")
@@ -24,17 +25,15 @@ def after_hashes(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last complete \\boxed{…}, with its braces matched; None where there is none."""
-    found = None
-    for match in _BOXED.finditer(text):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            character = text[position]
-            if character in "{}" and text[position - 1] != "\\":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    found = text[match.end() : position].strip()
-                    break
-    return found
+    starts = {match.end() for match in _BOXED.finditer(text)}
+    found: tuple[int, int] | None = None
+    opened: list[int] = []
+    for match in _BRACES.finditer(text):  # once over the text, however often it opens a box
+        if match[0] == "{":
+            opened.append(match.end())
+        elif opened and (start := opened.pop()) in starts and (found is None or start > found[0]):
+            found = start, match.start()
+    return None if found is None else text[found[0] : found[1]].strip()
 
 
 def boxed_or_short(text: str) -> str | None:

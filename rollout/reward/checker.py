@@ -3,7 +3,7 @@
 SymPy spends minutes inside one C call on an answer like 9^{9^{9^9}}, where no signal handler and no other thread gets a turn; a
 process can be killed. A spawned one is slow to replace, because it imports SymPy anew. So a worker imports once, never
 calculates itself, and forks the process that does. The worker has one thread and neither CUDA nor locks, so its forks inherit
-nothing that is held.
+nothing that is held. What a fork may do is bounded (`rollout.reward.confine`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
+
+from rollout.reward.confine import confine
 
 START_SECONDS = 0.5
 """How long a forked process may take to begin, which on a busy machine is no part of the function's time."""
@@ -41,9 +43,14 @@ class Checker:
         self._function = function
         self._pid = 0
 
-    def call(self, seconds: float, at_most: float, *args: Any) -> Any:
+    def call(self, seconds: float, at_most: float, *args: Any, alone: bool = False) -> Any:
         """The function's result, within `seconds` of processor time and `at_most` seconds by the clock, both from its beginning:
-        on a busy machine a short turn stays a turn. Raises LateError or DiedError, and then the next call has a new process."""
+        on a busy machine a short turn stays a turn. Raises LateError or DiedError, and then the next call has a new process.
+
+        alone: in a process that no other call has, before or after, so that what happens in it stays in it."""
+        if alone:
+            with contextlib.closing(Checker(self._function)) as once:
+                return once.call(seconds, at_most, *args)
         if not self._pid:
             self._fork()
         try:
@@ -77,7 +84,7 @@ class Checker:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                self._pipe.close()
+                confine(theirs.fileno())
                 die_with(parent)
                 self._serve(theirs)
             finally:
@@ -92,10 +99,12 @@ class Checker:
                 pipe.send(self._function(*args))
 
     def _end(self) -> str:
-        """Kill it where it still lives; how it ended."""
+        """Kill it where it still lives, and its group; how it ended."""
         pid, self._pid = self._pid, 0
         self._pipe.close()
         os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was killed before it led one
+            os.killpg(pid, signal.SIGKILL)
         return f"exit code {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}"
 
 

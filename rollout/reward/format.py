@@ -1,5 +1,9 @@
 """R1's format, as a pure check: `<think> … </think> <answer> … </answer>`, once each, in this order, nothing else around.
 
+White space may stand around the blocks and at their ends, at most LONGEST_BLANK characters in a row: no measure of the filter
+looks at it, so a policy could pad with it. Special tokens may stand nowhere, within a block or beside; whoever reads token ids
+finds them (`rollout.reward.pipeline`).
+
 The four tags are read wherever they stand. So a tag that the thinking or the answer merely quotes breaks the format too: a model
 that may write tags freely learns to hide a second answer among them.
 """
@@ -21,10 +25,16 @@ Reason = Literal[
     "stray_tag",
     "text_outside",
     "empty_answer",
+    "padding",
+    "special_token",
 ]
 
+LONGEST_BLANK = 16
+"""Most white space in a row beside a tag, far above the line breaks and blanks of any template."""
+
 _TAG = re.compile(r"</?(?:think|answer)>")
-_ORDER = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""In their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,8 @@ class FormatError:
     no_think, no_answer: the block never opens (place: the text's end). think_not_closed, answer_not_closed: place is the opening
     tag. two_think_blocks, two_answer_blocks: the second opening tag. answer_before_think: the answer's opening tag. stray_tag: a
     tag where none may stand (an answer inside the thinking, a closing tag too many). text_outside: the first character outside
-    the blocks. empty_answer: the answer's first character, blank or its closing tag.
+    the blocks. empty_answer: the answer's first character, blank or its closing tag. padding: the first character of too much
+    white space beside a tag, or before or behind it all. special_token: where one stands.
     """
 
     reason: Reason
@@ -65,18 +76,35 @@ def parse_response(text: str, prefill: str) -> Response | FormatError:
     answer = judged[open_answer.end() : close_answer.start()].strip()
     if not answer:
         return FormatError("empty_answer", open_answer.end())
+    padding = _padding(judged, tags)
+    if padding is not None:
+        return padding
     return Response(judged[open_think.end() : close_think.start()].strip(), answer)
 
 
+def _padding(judged: str, tags: list[re.Match[str]]) -> FormatError | None:
+    """The first stretch of white space beside the tags that is too long."""
+    places = [0, *(place for tag in tags for place in tag.span()), len(judged)]
+    for start, stop in zip(places[::2], places[1::2], strict=True):
+        inner = judged[start:stop]
+        head = len(inner) - len(inner.lstrip())
+        if head > LONGEST_BLANK:
+            return FormatError("padding", start)
+        tail = len(inner.rstrip())
+        if len(inner) - tail > LONGEST_BLANK:
+            return FormatError("padding", start + tail)
+    return None
+
+
 def _order_error(tags: list[re.Match[str]], length: int) -> FormatError | None:
-    """The first deviation of the tags from _ORDER."""
+    """The first deviation of the tags from TAGS."""
     names = [tag.group() for tag in tags]
-    for index, expected in enumerate(_ORDER):
+    for index, expected in enumerate(TAGS):
         if index == len(names):
             return _missing(expected, tags, length)
         if names[index] != expected:
             return _unexpected(tags, names, index, length)
-    return _unexpected(tags, names, len(_ORDER), length) if len(names) > len(_ORDER) else None
+    return _unexpected(tags, names, len(TAGS), length) if len(names) > len(TAGS) else None
 
 
 def _missing(expected: str, tags: list[re.Match[str]], length: int) -> FormatError:

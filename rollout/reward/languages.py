@@ -50,9 +50,8 @@ _APART = re.compile(
     r"|`[^`\n]+`"
     r"|\$\$.+?\$\$"
     r"|\$(?=\S)[^$\n]*(?<=\S)\$(?!\d)"  # pandoc's rule, which keeps "$5 and $7" prose
-    r"|\\\(.+?\\\)"
-    r"|\\\[.+?\\\]"
-    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}"
+    r"|\\[(\[]"  # the opener of a formula; its end is looked for apart
+    r"|\\begin\{\w+\*?\}"
     r"|\\[A-Za-z]+"
     r"|</?(?:think|answer)>"
     r"|<\|[^|>\s]*\|>"
@@ -60,6 +59,10 @@ _APART = re.compile(
     r"|[\u2100-\u214f]",  # letterlike symbols: ℝ, ℵ
     re.DOTALL,
 )
+"""What is no prose. Every alternative ends at the next character that may end it, or goes on to the end of the line or text only
+once, so a search through a text takes time in proportion to it."""
+_CLOSERS = {"\\(": "\\)", "\\[": "\\]"}
+_CLOSER = re.compile(r"\\(?:[)\]]|end\{\w+\*?\})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,26 @@ def _words(text: str) -> list[tuple[str, str]]:
 
 
 def _prose(text: str) -> str:
-    return _APART.sub(" ", text)
+    r"""With a blank for each formula and the like. An opener whose closer is missing is none, but `\begin` remains a command."""
+    pieces, start, place = [], 0, 0
+    last: dict[str, int] | None = None  # closer → where it stands last: what is not ahead must not be looked for ever again
+    while found := _APART.search(text, place):
+        opener, place = found.group(), found.end()
+        if opener in _CLOSERS or opener.startswith("\\begin{"):
+            closer = _CLOSERS.get(opener) or opener.replace("begin", "end", 1)
+            least = place + (opener in _CLOSERS)  # a formula has a character
+            if last is None:
+                last = {each.group(): each.start() for each in _CLOSER.finditer(text)}
+            if last.get(closer, -1) >= least:
+                place = text.index(closer, least) + len(closer)
+            elif opener in _CLOSERS:
+                continue
+            else:
+                place = found.start() + len("\\begin")
+        pieces.append(text[start : found.start()])
+        start = place
+    pieces.append(text[start:])
+    return " ".join(pieces)
 
 
 def _words_of(prose: str) -> list[tuple[str, str]]:

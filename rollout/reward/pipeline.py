@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rollout.reward.format import FormatError, Response, parse_response
+from rollout.reward.format import TAGS, FormatError, Response, parse_response
 from rollout.reward.languages import mixes_languages
 from rollout.reward.repetition import RepetitionDetector, RepetitionLimits
 from rollout.reward.tokens import Reader, Reading, reader_of
@@ -65,6 +65,7 @@ class Reward:
         self._reader = reader or reader_of(tokenizer)
         self._find_repetition = find_repetition or RepetitionDetector(repetition or RepetitionLimits(), tokenizer.get_vocab())
         self._end_ids = frozenset(end_token_ids) | ({tokenizer.eos_token_id} - {None})
+        self._special_ids = _special_ids(tokenizer, self._end_ids)
         self._threads = ThreadPoolExecutor(threads or min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="keju-filter")
 
     def judge(self, prompt_samples: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]:
@@ -98,6 +99,10 @@ class Reward:
 
     def _parse(self, reading: Reading) -> tuple[Response, dict[str, np.ndarray]] | FormatError:
         """(the response, the token ids of each of its parts in which nothing may repeat)."""
+        special = np.flatnonzero(np.isin(reading.token_ids, self._special_ids))
+        if len(special):
+            before = self._reader.read(reading.token_ids[: special[0]]).text
+            return FormatError("special_token", len(self._prefill) + len(before))
         parsed = parse_response(reading.text, self._prefill)
         if isinstance(parsed, FormatError):
             return parsed
@@ -109,3 +114,10 @@ class Reward:
         while stop and int(token_ids[stop - 1]) in self._end_ids:
             stop -= 1
         return token_ids[:stop]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> np.ndarray:
+    """int64: those that no response may hold. Some tokenizers have the four tags as special tokens, which it must."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids) | set(end_ids)
+    return np.array(sorted(special - set(tokenizer.convert_tokens_to_ids(list(TAGS)))), dtype=np.int64)

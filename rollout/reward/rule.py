@@ -230,8 +230,11 @@ def _suspicion(answer: str) -> tuple[int, int]:
 
 def _key(kind: str, prompt: Prompt, answer: str) -> bytes:
     """Equal keys, equal verdicts. reasoning-gym judges by the puzzle, so its metadata belongs to the key."""
-    metadata = prompt.metadata if kind == "reasoning-gym" else None
-    text = json.dumps([kind, prompt.answer, answer, metadata], sort_keys=True, default=repr)
+    content = [kind, prompt.answer, answer, prompt.metadata if kind == "reasoning-gym" else None]
+    try:
+        text = json.dumps(content, sort_keys=True, default=repr)
+    except TypeError:  # JSON has no tuples for keys, and no order of 1 and "1"
+        text = repr(content)
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -45,7 +45,7 @@ class Reader(Protocol):
     """Thread-safe."""
 
     def read(self, token_ids: np.ndarray) -> Reading:
-        """token_ids: int32 [n]."""
+        """token_ids: int32 [n]. Raises ValueError for a negative one."""
         ...
 
 
@@ -66,6 +66,7 @@ class PlainReader:
         self._tokenizer = tokenizer
 
     def read(self, token_ids: np.ndarray) -> Reading:
+        _check(token_ids)
         tokenizer = self._tokenizer
         text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return _PlainReading(text, token_ids, tokenizer)
@@ -102,8 +103,8 @@ class ByteReader:
         self._starts = np.cumsum(self._lengths) - self._lengths
 
     def read(self, token_ids: np.ndarray) -> Reading:
-        beyond = len(self._lengths) - 1
-        ids = np.where((token_ids >= 0) & (token_ids < beyond), token_ids, beyond)
+        _check(token_ids)
+        ids = np.minimum(token_ids, len(self._lengths) - 1)
         lengths = self._lengths[ids]
         ends = np.cumsum(lengths)
         at = np.arange(lengths.sum()) + np.repeat(self._starts[ids] - (ends - lengths), lengths)
@@ -129,14 +130,20 @@ class _ByteReading:
         }
 
     def _within(self, judged: bytes, start: int, stop: int, offset: int) -> np.ndarray:
-        """The tokens wholly within judged[start:stop], without those of the white space at its ends. `raw` begins at offset."""
+        """The tokens wholly within judged[start:stop], without those of the white space at its ends, and without those that stand
+        for nothing: a loop with such ids in it is a loop. `raw` begins at offset."""
         text = judged[start:stop].decode("utf-8", "replace")
         kept = text.lstrip()
         text_start = start + len(text[: len(text) - len(kept)].encode())
         text_stop = stop - len(kept[len(kept.rstrip()) :].encode())
         first = max(np.searchsorted(self.begins, start - offset), np.searchsorted(self.ends, text_start - offset, side="right"))
         last = min(np.searchsorted(self.ends, stop - offset, side="right"), np.searchsorted(self.begins, text_stop - offset))
-        return self.token_ids[first:last]
+        return self.token_ids[first:last][self.begins[first:last] < self.ends[first:last]]
+
+
+def _check(token_ids: np.ndarray) -> None:
+    if len(token_ids) and (least := int(token_ids.min())) < 0:
+        raise ValueError(f"token id {least} at {int(token_ids.argmin())}: no engine samples a negative one")
 
 
 def byte_characters() -> dict[int, str]:

@@ -1,6 +1,7 @@
 """The ground truth out of an answer field."""
 
 import math
+import time
 from fractions import Fraction
 
 import pytest
@@ -67,3 +68,10 @@ def test_as_number(text: str, value: Fraction) -> None:
 def test_no_number(text: str) -> None:
     assert answers.as_number(text) is None
     assert math.isnan(answers.as_value(text))
+
+
+def test_a_text_that_opens_boxes_without_end_takes_no_time():
+    start = time.perf_counter()
+    assert answers.last_boxed("\\boxed{" * 20_000) is None
+    assert answers.last_boxed("\\boxed{" * 20_000 + "7}") == "7"
+    assert time.perf_counter() - start < 1.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rollout.reward.format import FormatError, Response, parse_response
+from rollout.reward.format import LONGEST_BLANK, FormatError, Response, parse_response
 
 GOOD = "<think>\nt\n</think>\n<answer>\n42\n</answer>"
 INNER = r"((?:(?!</?(?:think|answer)>).)*)"
@@ -16,7 +16,7 @@ PIECES = st.sampled_from(
     ["<think>", "</think>", "<answer>", "</answer>", "<think", "word", " ", "\n", "\xa0", "<", "答", "</answer"]
 )
 TEXTS = st.lists(PIECES, max_size=9).map("".join)
-NO_TAG = st.text(max_size=30).filter(lambda text: not re.search(r"</?(think|answer)>", text))
+NO_TAG = st.text(max_size=30).filter(lambda text: not re.search(rf"</?(think|answer)>|\s{{{LONGEST_BLANK}}}", text))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,28 @@ def test_right_format(text, prefill, expected):
 )
 def test_reason_and_place(text, reason, place):
     assert parse_response(text, "") == FormatError(reason, place)
+
+
+SKELETON = "{0}<think>{1}b{2}</think>{3}<answer>{4}4{5}</answer>{6}"
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("blank", ["\n", " ", "\u3000"])
+def test_white_space_beside_a_tag_is_bounded(place, blank):
+    """Nothing measures it, so it would be free."""
+    gaps = [""] * 7
+    gaps[place] = blank * LONGEST_BLANK
+    assert parse_response(SKELETON.format(*gaps), "") == Response("b", "4")
+    gaps[place] += blank
+    text = SKELETON.format(*gaps)
+    assert parse_response(text, "") == FormatError("padding", text.index(blank))
+
+
+def test_white_space_is_bounded_across_the_prefill_and_in_an_empty_thinking():
+    assert parse_response("\n" * LONGEST_BLANK + "t</think><answer>1</answer>", "<think>\n") == FormatError("padding", 7)
+    assert parse_response("\n" * 4000 + "</think><answer>1</answer>", "<think>") == FormatError("padding", 7)
+    # Within the thinking, its tokens are measured.
+    assert isinstance(parse_response("a" + "\n" * 4000 + "b</think><answer>1</answer>", "<think>"), Response)
 
 
 def test_a_repeated_prefill_is_a_second_block():

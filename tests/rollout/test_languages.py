@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_outputs import outputs
 
-from rollout.reward.languages import Languages, measure_languages, mixes_languages
+from rollout.reward.languages import Languages, _prose, measure_languages, mixes_languages
 
 ENGLISH, CHINESE = "How many eggs does Janet sell?", "小明有多少个苹果？"
 
@@ -91,6 +94,62 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=30).map("".join), st.sampled_from(["", ENGLISH, CHINESE, "egg 鸡", "λόγος about eggs", "12"]))
 def test_the_fast_form_agrees(text, question):
     assert mixes_languages(text, question) == measure_languages(text, question).mixed
+
+
+ORACLE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]+`|\$\$.+?\$\$|\$(?=\S)[^$\n]*(?<=\S)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]"
+    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\[A-Za-z]+|</?(?:think|answer)>|<\|[^|>\s]*\|>|https?://\S+|[\u2100-\u214f]",
+    re.DOTALL,
+)
+"""The same as one expression, which looks for a missing closer anew at each opener."""
+MARKUP = st.sampled_from(
+    [
+        *[
+            r"\(",
+            r"\)",
+            r"\[",
+            r"\]",
+            r"\begin{a}",
+            r"\end{a}",
+            r"\begin{b*}",
+            r"\end{b*}",
+            r"\begin{",
+            "\\",
+            "$",
+            "$$",
+            "`",
+            "```",
+        ],
+        *["\n", " ", "x", "9", "(", ")", "</think>", "<|", "|>", "https://"],
+    ]
+)
+
+
+@settings(max_examples=1000)
+@given(st.lists(MARKUP, max_size=25).map("".join))
+def test_prose_is_what_one_expression_leaves(text):
+    assert _prose(text) == ORACLE.sub(" ", text)
+
+
+LOOPS = [r"\( ", r"\[ ", r"\begin{a} ", r"\begin{a}\end{b}", r"\(x\] ", r"\[x\) ", r"\begin{", "\\", "\\(\\", "$ ", "$x", "$$"]
+LOOPS += ["`", "` ", "```", "<|", "<|a", "<answer>", "https://", "a", "π ", "鸡", "ℵ", " ", "\n"]
+
+
+@pytest.mark.parametrize("question", [ENGLISH, CHINESE])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_of_16k_tokens_takes_no_time(loop, question):
+    """It is measured in the trainer's process, before the sample is known to be truncated. 60,000 characters: milliseconds."""
+    text = "鸡蛋 eggs " + loop * (60_000 // len(loop))
+    start = time.process_time()
+    mixes_languages(text, question)
+    assert time.process_time() - start < 0.5
+
+
+def test_openers_of_ever_new_names_take_no_time():
+    text = "".join(rf"\begin{{a{number}}}" for number in range(5_000))
+    start = time.process_time()
+    mixes_languages(text, CHINESE)
+    assert time.process_time() - start < 0.5
 
 
 @given(st.text(max_size=60))

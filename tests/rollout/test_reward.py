@@ -85,13 +85,43 @@ def test_truncated_comes_first_even_where_the_text_is_right(tokenizer):
         ("t</think><answer>2</answer><turn><end>", {"end_token_ids": ["<turn>"]}, "right"),
         ("t</think><answer>2</answer><turn>", {}, "format"),
         ("t</think><tool><answer>2</answer><end>", {}, "format"),
-        ("t</think><answer>2<end></answer><end>", {}, "wrong"),
+        ("t</think><answer>2<end></answer><end>", {}, "format"),
     ],
 )
 def test_only_end_tokens_at_the_end_are_stripped(tokenizer, text, options, reason):
     ends = [tokenizer.convert_tokens_to_ids(name) for name in options.get("end_token_ids", [])]
     verdicts, _ = judge(tokenizer, text, end_token_ids=ends)
     assert verdicts[0].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("t</think><answer>2<turn>6</answer><end>", 26),
+        ("t<tool></think><answer>2</answer><end>", 9),
+        ("鸡<end></think><answer>2</answer><end>", 9),
+        ("t</think><tool><answer>2</answer><end>", 17),
+        ("t</think><answer>2</answer><turn>", 35),
+        ("t</think><answer>2</answer><turn><end>", 35),
+    ],
+)
+def test_a_special_token_stands_nowhere(tokenizer, text, place):
+    (verdict,), verifier = judge(tokenizer, text)
+    assert (verdict.reason, verdict.detail) == ("format", f"special_token at character {place}")
+    assert not verifier.batches
+    assert not (PREFILL + text)[place:].startswith("鸡")
+    assert (PREFILL + text)[place] == "<"
+
+
+def test_tags_that_are_special_tokens_are_tags():
+    """And a special token that the text alone cannot tell from a word is one: here <pad> is written as nothing else is."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
+    verdicts, _ = judge(made, "t</think><answer>2</answer><end>", "t<pad></think><answer>2</answer><end>")
+    assert [verdict.reason for verdict in verdicts] == ["right", "format"]
 
 
 def test_no_samples(tokenizer):

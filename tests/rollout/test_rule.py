@@ -1,6 +1,6 @@
 """Correctness by rule: verdicts on real cases, and the hard time limit: hanging answers end on time and leave no process behind.
 
-What counts as the same answer is in test_answers.py; here only that no case is lost that the library itself gets right.
+What counts as the same answer is in test_rule_answers.py; here only that no case is lost that the library itself gets right.
 """
 
 import json
@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from rollout.errors import InputError
-from rollout.reward import rule_worker
-from rollout.reward.rule import RuleVerifier
+from rollout.reward import confine, rule_worker
+from rollout.reward.checker import Checker
+from rollout.reward.rule import RuleVerifier, _key
 from rollout.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,8 @@ def test_hanging_answers_end_on_time_and_leave_no_process():
         # Two different hanging answers for two workers: the deadline once.
         assert reasons(verifier, ("5", HANGS[0]), ("5", HANGS[1]), ("5", HANGS[0])) == ["timeout"] * 3
         elapsed = time.monotonic() - start
-        assert 1.0 <= elapsed < 1.0 + 1.5, f"a deadline of 1 s took {elapsed:.1f} s"
+        # The kernel counts a process's time in ticks; a turn may end a few of them early.
+        assert 0.8 <= elapsed < 1.0 + 1.5, f"a deadline of 1 s took {elapsed:.1f} s"
         answers = [("5", HANGS[0]), ("5", "5.0"), ("5", HANGS[1]), ("5", "6")]
         assert reasons(verifier, *answers) == ["timeout", "right", "timeout", "wrong"], "order kept, each judged"
         assert len(workers() - before) <= 4, "killed processes are replaced, not added to: two workers, each with one"
@@ -276,3 +278,150 @@ def test_no_exception_of_a_scorer_travels(monkeypatch):
 
     monkeypatch.setattr(rule_worker, "_math_verify", leave)
     assert rule_worker.score("math-verify", "1", "2", {})[:2] == (False, "error")
+
+
+def puzzle(name: str, seed: int = 1) -> dict:
+    import reasoning_gym
+
+    (item,) = reasoning_gym.create_dataset(name, size=1, seed=seed)
+    return item
+
+
+def judged(verifier: RuleVerifier, item: dict, answer: str):
+    (verdict,) = verifier.verify([(Prompt("p", item["question"], item["answer"], metadata=item["metadata"]), answer)])
+    return verdict
+
+
+def test_a_puzzle_given_back_as_a_call_is_wrong_and_says_why():
+    """reasoning-gym executes such an answer, and finds it right."""
+    integral, product = puzzle("simple_integration"), puzzle("polynomial_multiplication")
+    metadata = integral["metadata"]
+    given_back = {
+        f"integrate({metadata['integrand']}, {metadata['variable']})": integral,
+        f"expand({product['metadata']['polynomial_expr']})": product,
+    }
+    from reasoning_gym import get_score_answer_fn
+
+    with RuleVerifier("reasoning-gym", workers=1, timeout_seconds=30.0) as verifier:
+        for answer, item in given_back.items():
+            assert get_score_answer_fn(item["metadata"]["source_dataset"])(answer=answer, entry=item) == 1.0
+            verdict = judged(verifier, item, answer)
+            assert verdict.reason == "wrong"
+            assert verdict.detail.startswith("not scored: it calls")
+            assert judged(verifier, item, item["answer"]).right
+
+
+def test_an_answer_that_changes_the_scorer_changes_no_other_verdict(monkeypatch):
+    """Even where the text is let through: each answer with more than numbers in it has a process of its own."""
+    item = puzzle("spiral_matrix")
+    poison = (
+        '[setattr(__import__("reasoning_gym.algorithmic.spiral_matrix",fromlist=["a"]).SpiralMatrixDataset,'
+        '"score_answer",lambda self,answer,entry:1.0)]'
+    )
+    monkeypatch.setattr(rule_worker, "refusal", lambda *_: None)
+    checker = Checker(rule_worker.score)
+    monkeypatch.setattr(rule_worker, "_checker", checker, raising=False)
+    jobs = [(item["answer"], answer, item) for answer in ("8", poison, "8", "[8]", "[garbage]")]
+    try:
+        scores = rule_worker.check("reasoning-gym", jobs, 20.0, 20.0, time.monotonic() + 100)
+        assert [score[1] for score in scores] == ["wrong"] * 5
+        # In one process it would do what it says.
+        shared = [checker.call(20.0, 20.0, "reasoning-gym", *job) for job in jobs[1:3]]
+        assert [score[1] for score in shared] == ["wrong", "right"]
+    finally:
+        checker.close()
+
+
+def leave_a_process(how: str) -> str:
+    try:
+        if how == "fork":
+            pid = os.fork()
+            if not pid:
+                os.setsid()
+                time.sleep(60)
+        elif how == "spawn":
+            pid = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+        else:
+            pid = os.system("sleep 60 &")
+    except OSError as error:
+        return error.strerror
+    return str(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine not in ("x86_64", "aarch64"), reason="there is no seccomp here")
+@pytest.mark.parametrize("how", ["fork", "spawn", "system"])
+def test_a_scorer_leaves_no_process_behind(how):
+    """Its own session saves no grandchild from being killed if there can be none."""
+    before = {process.pid for process in psutil.process_iter()}
+    checker = Checker(leave_a_process)
+    said = checker.call(5.0, 10.0, how, alone=True)
+    left = [process for process in psutil.process_iter() if process.pid not in before and "sleep" in process.name()]
+    assert not left, left
+    assert said in ("Operation not permitted", "-1", str(127 << 8)), said  # of `system`: no shell, as not found
+
+
+def leave_a_process_in_the_group() -> int:
+    pid = os.fork()
+    if not pid:
+        time.sleep(60)
+    return pid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the limit on processes, from which root is exempt, leaves nothing to kill")
+def test_without_seccomp_the_group_is_killed(monkeypatch):
+    monkeypatch.setattr(confine, "_refuse_processes", lambda: None)
+    pid = Checker(leave_a_process_in_the_group).call(5.0, 10.0, alone=True)
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(pid)
+
+
+def what_is_open_and_writable(folder: str) -> tuple[int, list[int], str]:
+    try:
+        Path(folder, "written").write_text("x")
+    except OSError as error:
+        written = error.strerror
+    else:
+        written = "written"
+    return os.getpgid(0) - os.getpid(), [number for number in range(3, 64) if is_open(number)], written
+
+
+def is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_scorer_has_one_pipe_writes_no_file_and_leads_its_group(tmp_path):
+    """The worker's own pipes, through which it could forge verdicts of others, are closed in it."""
+    reading, writing = os.pipe()
+    os.dup2(reading, 60)  # one of them behind the pipe
+    checker = Checker(what_is_open_and_writable)
+    group, open_files, written = checker.call(5.0, 10.0, str(tmp_path), alone=True)
+    for number in (reading, writing, 60):
+        os.close(number)
+    assert group == 0
+    assert len(open_files) == 1
+    assert written == "File too large"
+    assert not checker._pid, "the process was kept"
+
+
+@pytest.mark.parametrize("error", [MemoryError("much"), RecursionError("deep")])
+def test_what_ran_out_of_memory_is_an_error_and_not_wrong(monkeypatch, error):
+    def run_out(*_: object) -> None:
+        raise error
+
+    for kind, scorer in (("math-verify", "_math_verify"), ("reasoning-gym", "_reasoning_gym")):
+        monkeypatch.setattr(rule_worker, scorer, run_out)
+        right, reason, detail = rule_worker.score(kind, "1", "2", {})
+        assert (right, reason, detail) == (False, "error", f"{type(error).__name__}: {error}")
+
+
+def test_metadata_that_is_no_json_has_a_key():
+    made = [
+        _key("reasoning-gym", Prompt("p", "q", "1", metadata={(1, 2): value, 3: {"a": 1}, "b": 0}), "1") for value in (5, 5, 6)
+    ]
+    assert made[0] == made[1] != made[2]

@@ -103,6 +103,30 @@ def test_blocks_agree_with_the_text(thinking, answer, gap):
             assert len(whole) - len(inside) <= 2, "more than the edge is missing"
 
 
+def test_ids_that_stand_for_nothing_are_in_no_block():
+    """Models pad their embedding; two such ids in each round hide a loop from every measure of repetition."""
+    tokenizer, rng = qwen(), np.random.default_rng(0)
+    parts = [ids_of(tokenizer, "<think>\n")]
+    for _ in range(400):
+        parts += [ids_of(tokenizer, "wait no "), rng.integers(len(tokenizer), 152064, 2).astype(np.int32)]
+    hidden = np.concatenate([*parts, ids_of(tokenizer, "</think><answer>3</answer>")])
+    visible = hidden[hidden < len(tokenizer)]
+    reader = reader_of(tokenizer)
+    assert len(visible) == len(hidden) - 800
+    blocks, plain = reader.read(hidden).blocks(""), reader.read(visible).blocks("")
+    assert all(np.array_equal(blocks[name], plain[name]) for name in plain)
+    pair = (Prompt("p", "How many?", "3"), Sample(hidden, np.zeros(len(hidden), np.float32), "stop", 0))
+    for each in (reader, PlainReader(tokenizer)):
+        (verdict,) = Reward(Right(), tokenizer, prefill="", reader=each).judge([pair])
+        assert verdict.reason == "repetition"
+
+
+@pytest.mark.parametrize("reader", [ByteReader(MERGING.get_vocab()), PlainReader(MERGING)])
+def test_a_negative_id_is_named(reader):
+    with pytest.raises(ValueError, match="token id -7 at 2"):
+        reader.read(np.array([1, 2, -7, -1], dtype=np.int32))
+
+
 def piece_bytes(token: int) -> bytes:
     byte_of = {character: byte for byte, character in byte_characters().items()}
     return bytes(byte_of[character] for character in MERGING.convert_ids_to_tokens(int(token)))

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rollout.errors import InputError
 from trainer import loading
+from trainer.distributed import mesh_shape
 from trainer.loading import empty_causal_lm
 from trainer.policy import build_policy, load_causal_lm
 
@@ -130,3 +131,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="only full_attention is"):
         empty_causal_lm(folder)
+
+
+def test_copies_of_the_model_are_the_outer_dimension():
+    assert mesh_shape(16, None) == mesh_shape(16, 16) == (16,)
+    assert mesh_shape(16, 8) == (2, 8)
+    with pytest.raises(InputError, match=r"^parallel\.shard_ranks: 3 does not divide the 16 ranks"):
+        mesh_shape(16, 3)

@@ -1,0 +1,83 @@
+"""What an answer to a reasoning-gym puzzle may not hold, since some of its scorers execute answers as Python: those of n_queens,
+spiral_matrix, binary_matrix and string_insertion call `eval`, and those that read formulas SymPy's `parse_expr`, which is `eval`
+too. An answer could give the question back (`integrate(…)`), or replace the scorer.
+
+So, before a scorer sees it, an answer is wrong that calls a function but for the elementary ones, looks up an attribute, is
+long, or has in a formula what belongs in none. What stands in the puzzle's own ground truth is no reason against an answer, but
+for the names in _NEVER. Names are compared as Python does, after NFKC: `ｅｘｐａｎｄ` is `expand`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+LONGEST = 4096
+"""Characters of an answer, and four times as many as the ground truth has on top."""
+
+_FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "ln",
+        "sqrt",
+        "abs",
+        "Abs",
+    ]
+)
+_CALLS = {"boxnet": frozenset({"move"})}
+"""Puzzle → names before a parenthesis that its right answers have; it reads JSON and executes nothing."""
+_NEVER = frozenset({"Integral"})
+"""SymPy leaves an integral that it cannot solve as it is, in ground truths too; it is the question."""
+
+_FORMULAS = frozenset({"simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown"})
+_NO_FORMULA = re.compile(r"[^\w\s.,+\-*/^()!]|\b(?:and|or|not|if|else|for|in|is)\b")
+"""SymPy executes texts within a formula as well, so no quote, bracket or escape belongs there; and `4*6 or 3 or 1` uses all its
+numbers and calculates with two."""
+
+_WORD = re.compile(r"(\w+)[\s\\]*(\(?)")
+_CALL_OF_VALUE = re.compile(r"[)\]}'\"][\s\\]*\(")
+_ATTRIBUTE = re.compile(r"\.[\s\\]*([^\W\d]\w*)")
+_DECIMAL = re.compile(r"(?<=\d)\.(?=[eE][-+]?\d)")
+_PARTS = ("__", "#", "\\", "lambda", "import", ":=")
+"""A comment or an escape hides what follows from the expressions above."""
+
+
+def refusal(puzzle: str, answer: str, gold: str) -> str | None:
+    """Why the answer must not reach the puzzle's scorer, or None."""
+    if len(answer) > LONGEST + 4 * len(gold):
+        return f"{len(answer)} characters, more than {LONGEST + 4 * len(gold)}"
+    answer, gold = unicodedata.normalize("NFKC", answer), unicodedata.normalize("NFKC", gold)
+    if puzzle in _FORMULAS and (strange := _NO_FORMULA.search(answer)):
+        return f"{strange.group()!r} in a formula"
+    for part in _PARTS:
+        if part in answer and part not in gold:
+            return f"it has {part!r}"
+    allowed = (_FUNCTIONS | _CALLS.get(puzzle, frozenset()) | set(_called(gold))) - _NEVER
+    if called := next((name for name in _called(answer) if name not in allowed), None):
+        return f"it calls {called[:40]!r}"
+    if _CALL_OF_VALUE.search(answer) and not _CALL_OF_VALUE.search(gold):
+        return "it calls a value"
+    names = set(_ATTRIBUTE.findall(gold))
+    if looked := next((name for name in _ATTRIBUTE.findall(_DECIMAL.sub("", answer)) if name not in names), None):
+        return f"it looks up {looked[:40]!r}"
+    return None
+
+
+def _called(text: str) -> list[str]:
+    """The names before an opening parenthesis, without digits before them: Python reads `2sin(x)` as 2 and sin(x). In one go
+    over the words, since a search for names would start at each letter."""
+    words = (word.lstrip("0123456789") for word, parenthesis in _WORD.findall(text) if parenthesis)
+    return [name for name in words if name]
