@@ -17,7 +17,7 @@ from rollout.errors import InputError
 
 
 def parse(module: str, description: str, arguments: list[str]) -> argparse.Namespace:
-    """config: Path; overrides: list of key=value; ranks: int; check: bool."""
+    """config: Path; overrides: list of key=value; ranks: int; check: bool; checked: whether another process has done it."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("config", type=Path, help="the run's YAML, such as configs/demo.yaml")
     parser.add_argument(
@@ -27,6 +27,7 @@ def parse(module: str, description: str, arguments: list[str]) -> argparse.Names
         "--ranks", type=_positive, default=1, metavar="N", help="start N ranks on this machine through torchrun (default 1)"
     )
     parser.add_argument("--check", action="store_true", help="check configuration, model folder and data, start nothing")
+    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # by the process that started torchrun
     return parser.parse_intermixed_args(arguments)  # overrides may stand behind an option
 
 
@@ -47,7 +48,7 @@ def torchrun(module: str, options: argparse.Namespace) -> int:
     """
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
-    command += ["-m", module, str(options.config), *options.overrides]
+    command += ["-m", module, str(options.config), *options.overrides, "--checked"]
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
     received: list[int] = []
     process = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
+
 from rollout.engine import Decoding, EngineError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
@@ -187,6 +189,7 @@ class TrainingLoop:
         """Engines sample from version `version` from here on. Raises EngineError where that fails twice."""
         if self.parts.sync.version == version and self.parts.engine.version == version:
             return
+        torch.cuda.empty_cache()  # or a sleeping engine wakes on a GPU whose memory is still held for the next update
         with self.console.phase("sync", None, "tensors") as bar:
             self.parts.sync.push(version, bar.advance)
 
