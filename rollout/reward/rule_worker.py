@@ -95,17 +95,17 @@ def score(kind: str, gold: str, answer: str, entry: dict[str, Any]) -> Score:
 def _math_verify(gold: str, answer: str) -> Score:
     if gold.strip() == answer.strip():
         return True, "right", "the same text"
-    from rollout.reward.answers.formulas import equal, equal_prose
+    from rollout.reward.answers.formulas import equal
     from rollout.reward.answers.match import match
-    from rollout.reward.answers.read import is_hedged, read
+    from rollout.reward.answers.prose import is_empty, same_prose
 
     same = match(gold, answer, equal)
     if same is None:
-        same = not is_hedged(answer) and equal_prose(gold, answer)
+        same = same_prose(gold, answer, equal)
     if same:
         return True, "right", ""
-    if not read(gold) and not equal_prose(gold, gold):
-        return False, "error", f"math-verify finds nothing in the ground truth {gold[:100]!r}"
+    if is_empty(gold):
+        return False, "error", f"nothing can be read in the ground truth {gold[:100]!r}"
     return False, "wrong", f"{answer[:100]!r} is not {gold[:100]!r}"
 
 

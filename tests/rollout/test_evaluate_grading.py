@@ -15,7 +15,12 @@ from rollout.types import Prompt, Sample, Verdict
     ("<think><answer>6</answer></think> so \\boxed{7}", "7"),  # what stands in the thinking is no answer
     ("<think>\\boxed{6}</think> It is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
     ("<think>a</think>\n\nIt is 7.\n\nSo: 7\n", "So: 7"),
-    ("<think>never closed, but \\boxed{7} then", "7"),
+    ("<think>never closed, but \\boxed{7} then", None),  # it ended inside its thinking
+    ("<think>a <answer>7</answer> then", None),
+    ("<think>a</think>b<think>\\boxed{7}", None),
+    ("<answer>42</answer> </think>", "42"),  # no thinking was opened
+    ("<think>a <answer>42</answer> </think>", None),
+    ("<answer> the <answer>42", "42"),
     ("<think>never closed", None),
     ("<think>a</think>", None),
     ("<think>a</think><answer></answer>", "<answer></answer>"),  # a line that no rule finds right
@@ -34,6 +39,9 @@ def test_final_answer(text, answer):
     ("答案是A，不对，答案是B", "B"), ("ACD", "ACD"), ("A、C", "AC"), ("A B D", "ABD"), ("(A)(C)", "AC"), ("A和C", "AC"),
     ("A或B", "AB"),
     ("A or B", "AB"), ("The answer is A or B", "AB"), ("A. 3 or B. 4", "AB"),  # who hedges names both
+    ("The answer is B, not option A", "B"), ("A, B, C 均正确，故选D", "D"), ("B is correct", "B"), ("B项", "B"), ("B 3 cm", "B"),
+    ("b) 5", "B"), ("A is wrong, option B", "B"), ("除了选项B", None), ("B. Option A would need 3", "B"), ("不选A，选B", "B"),
+    ("e.g. 5", None), ("not B", None),
     ("A triangle", None), ("Because it is B", None), ("3", None), ("", None), ("72", None), ("Bob", None), ("Answer: Bob", None),
 ])  # fmt: skip
 def test_letters(answer, letters):

@@ -2,8 +2,9 @@ r"""Single formulas, compared by math-verify, and what it takes for equal and mu
 
 The library compares a decimal after rounding to 6 places, and a difference after cutting off what is below 1e-15: 1e-8 equals
 2e-8 for it, and 1.6 \times 10^{-19} equals 9.1 \times 10^{-31}. And it simplifies the difference of two formulas to see whether
-it is 0, which is slow, and fails where decimals stand among symbols. So formulas are first evaluated, to many digits; the library
-decides on the rest.
+it is 0, which is slow, and fails where decimals stand among symbols. So formulas are first evaluated; the library decides on the
+rest. Without decimals nearness to 40 digits may reject and never accepts: rationals are equal or not, and other values must agree
+to more digits than all numbers in the two formulas have, so that neither 1 - 2^{-2024} is 1 nor \sqrt{10^{60}+1} is 10^{30}.
 
 Nothing here bounds its own time (`rollout.reward.rule_worker`).
 """
@@ -43,18 +44,19 @@ from sympy import (
 from sympy.core.function import AppliedUndef
 
 from rollout.reward.answers.numbers import number
-from rollout.reward.answers.text import clean
 
 RELATIVE = 2e-6
 """The most by which a number that contains a decimal may differ, relative to its size: the library's 6 places at size 1."""
-EXACT_RELATIVE = 1e-25
-"""The same without decimals: 15 digits less than are computed."""
 _DIGITS = 40
+_SPARE = 15
+"""Digits that are computed and not compared."""
+_MOST_DIGITS = 20_000
 _SCALES = (Rational(1), Rational(2, 7), Rational(-23, 5))
 """Symbols take values between 1 and 2 times one of these."""
 
+_BOUND = (Derivative, Integral, Limit, Sum, Product)
+"""What binds its symbols, which cannot take values."""
 _SMOOTH = (exp, sin, cos, tan, cot, sec, csc)
-_DELIMITED = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|\\boxed|\\fbox", re.DOTALL)
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])")
 
 
@@ -82,18 +84,6 @@ def equal(gold: str, answer: str) -> bool:
     if re.search(r"[a-zA-Z]", gold) and (_DECIMAL.search(gold) or _DECIMAL.search(answer)):
         return _equal(_formula(_exact(gold)), _formula(_exact(answer)))
     return False
-
-
-def equal_prose(gold: str, answer: str) -> bool:
-    """The same for whole texts, in which the library looks for the formula: the last one, or the one after "final answer is"."""
-    return _equal(_prose(gold), _prose(answer))
-
-
-def _prose(text: str) -> list[Any]:
-    """LaTeX without delimiters is one formula: the library would take its last number."""
-    if "\\" in text and not _DELIMITED.search(text):
-        return _formula(clean(text))
-    return _parts(parse(text, parsing_timeout=None))
 
 
 def _exact(text: str) -> str:
@@ -130,40 +120,76 @@ def _same(gold: Any, answer: Any) -> bool:
 def _probe(gold: Any, answer: Any) -> bool | None:
     """Both formulas' values at some points: equal at all, or different at one; None where that does not decide.
 
-    Two equations are equal where the ratio of their differences of sides is the same at all. Smooth formulas that agree to 25
-    digits at three points that have nothing to do with them are equal: a few evaluations tell what takes simplification a second.
+    Two equations are equal where the ratio of their differences of sides is the same at all. Smooth formulas that agree at three
+    points that have nothing to do with them are equal: a few evaluations tell what takes simplification a second.
     """
     if isinstance(gold, Eq) and isinstance(answer, Eq):
         sides = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-        values = [_at(side, scale) for scale in _SCALES for side in sides]
-        if None in values or 0 in values or not all(map(_is_smooth, sides)):
+        if gold.has(Float) or answer.has(Float) or not all(map(_is_smooth, sides)):
             return None
-        ratios = [left / right for left, right in zip(values[::2], values[1::2], strict=True)]
-        return True if all(_near(ratio, ratios[0], EXACT_RELATIVE) for ratio in ratios) else None
+        if any(side.has(*_BOUND) for side in sides):
+            return None
+        points = [[_placed(side, scale) for side in sides] for scale in _SCALES]
+        left, right = points[0]
+        if _at(left) in (None, 0) or _at(right) in (None, 0):
+            return None
+        return True if all(_agree(one * right, other * left) for one, other in points[1:]) else None
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or isinstance(gold, Symbol) or isinstance(answer, Symbol):
+        return None
+    if any(side.has(*_BOUND) for side in (gold, answer)):
         return None
     floats = gold.has(Float) or answer.has(Float)
     symbols = gold.free_symbols | answer.free_symbols
     undecided = floats or (bool(symbols) and not (_is_smooth(gold) and _is_smooth(answer)))
     for scale in _SCALES if symbols else _SCALES[:1]:
-        left, right = _at(gold, scale), _at(answer, scale)
-        if left is None or right is None:
-            undecided = True
-        elif not _near(left, right, RELATIVE if floats else EXACT_RELATIVE):
+        left, right = _placed(gold, scale), _placed(answer, scale)
+        if floats:
+            values = _at(left), _at(right)
+            agree = None if None in values else _near(*values, RELATIVE)
+        else:
+            agree = _agree(left, right)
+        if agree is False:
             return False
+        undecided = undecided or agree is None
     return None if undecided else True
 
 
-def _at(formula: Any, scale: Rational) -> Any:
-    """The real value at a point; None where there is none."""
-    if formula.has(Sum, Product, Integral, Derivative, Limit, AppliedUndef, nan, zoo):
+def _placed(formula: Any, scale: Rational) -> Any:
+    """The formula at a point."""
+    return formula.xreplace({symbol: _coordinate(symbol.name, scale) for symbol in formula.free_symbols})
+
+
+def _at(formula: Any, digits: int = _DIGITS) -> Any:
+    """The real value of a formula without symbols; None where there is none."""
+    if formula.has(AppliedUndef, nan, zoo):
         return None
-    names = {symbol: _coordinate(symbol.name, scale) for symbol in formula.free_symbols}
     try:
-        value = formula.evalf(_DIGITS, subs=names)
+        value = formula.evalf(digits)
     except Exception:  # whatever SymPy raises: this probe does not decide
         return None
     return value if isinstance(value, Number) and value.is_finite else None
+
+
+def _agree(left: Any, right: Any) -> bool | None:
+    """Are two formulas without symbols and decimals equal? None where they have no real value, or too large numbers."""
+    values = _at(left), _at(right)
+    if None in values:
+        return None
+    if not _near(*values, 10.0 ** (_SPARE - _DIGITS)):
+        return False
+    left, right = left.doit(), right.doit()
+    if isinstance(left, Rational) and isinstance(right, Rational):
+        return left == right
+    digits = 2 * _DIGITS + 2 * (_length(left) + _length(right))
+    if digits > _MOST_DIGITS:
+        return None
+    values = _at(left, digits), _at(right, digits)
+    return None if None in values else _near(*values, Rational(1, 10 ** (digits - _SPARE)))
+
+
+def _length(formula: Any) -> int:
+    """Digits of all numbers in it."""
+    return sum((part.p.bit_length() + part.q.bit_length()) // 3 + 1 for part in formula.atoms(Rational))
 
 
 def _coordinate(name: str, scale: Rational) -> Rational:
@@ -178,5 +204,5 @@ def _is_smooth(formula: Expr) -> bool:
     )
 
 
-def _near(left: Any, right: Any, relative: float) -> bool:
+def _near(left: Any, right: Any, relative: Any) -> bool:
     return bool(abs(left - right) <= relative * max(abs(left), abs(right)))

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 from rollout.reward.answers.numbers import same_number
-from rollout.reward.answers.read import Group, Node, Value, read, words
+from rollout.reward.answers.phrases import DENIES, HEDGES, is_noun
+from rollout.reward.answers.read import Group, Node, Value, read, split, words
 
 Equal = Callable[[str, str], bool]
 """Is the answer's LaTeX formula (second) equal to the ground truth's (first)?"""
 
 _CHOICE_MARKUP = re.compile(r"\\text(?:bf|rm|it)?\{([^{}]*)\}|\\boxed\{|[$*]|\\[()\[\]]|\\mathbf\{")
-_OPTION = re.compile(r"(?<![A-Za-z])\(?([A-H])\)?\s*[.:)：．]")
-_DENIED = re.compile(r"\bnot\b|n't\b|不|错|\bor\b|或")
+_OPTION = re.compile(r"(?<![A-Za-z])([A-H])(?![A-Za-z'])(?!(?<=A)\s+(?!is\b|are\b|and\b|but\b|to\b)[a-z])")
+"""A bare letter; an A before a word is the article."""
 _STATED_FIRST = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
 )
@@ -31,6 +33,12 @@ _STATED_LAST = re.compile(
     r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选项?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
     re.IGNORECASE | re.DOTALL,
 )
+_SHARES = {"%": 100, "permil": 1000}
+_CALCULATES = re.compile(r"\\(?:sum|prod|i*int|[bp]?mod)(?![a-zA-Z])")
+"""An operation that is still to be done."""
+_APART = re.compile(r"(?<!\\frac\s)(?<!\\binom\s)(?<![\d_])\d+\.?\s+\d+(?!\d*\s*/)")
+"""10 24: two numbers, which the library joins."""
+_FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|sinh|cosh|log|ln|lg|exp|sqrt)")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 _LETTERS = re.compile(r"[A-Za-z]{4,}|[\u4e00-\u9fff]+")
 
@@ -74,11 +82,28 @@ def _same_group(gold: Group, answer: Group, equal: Equal) -> bool:
         if _ordered(gold, answer):
             return _in_order(gold, answer, equal)
         return _in_any_order(gold, answer, equal)
+    if (sorted_up := _by_names(gold, answer)) is not None:
+        return sorted_up[0].brackets in ("()", *lists) and _in_order(*sorted_up, equal)
     if gold.brackets in lists or answer.brackets in lists:
         other = gold.brackets if gold.brackets not in lists else answer.brackets
         listed = gold.brackets if gold.brackets in lists else answer.brackets
         return other == "()" and listed == "" and _in_order(gold, answer, equal)
     return gold.brackets == answer.brackets and _in_order(gold, answer, equal)
+
+
+def _by_names(gold: Group, answer: Group) -> tuple[Group, Group] | None:
+    """A point beside named parts, which take the order of the point's names, or that of the alphabet."""
+    for point, named in ((gold, answer), (answer, gold)):
+        names = [part.name for part in named.parts]
+        if point.brackets != "()" or named.brackets != "" or not all(names) or len(set(names)) != len(names):
+            continue
+        wanted = re.findall(r"\\?[a-zA-Z]+(?:_\w+)?", point.name) or sorted(names)
+        if sorted(wanted) != sorted(names):
+            return Group("none", ()), Group("none", ())
+        placed = Group("", tuple(replace(named.parts[names.index(name)], name="") for name in wanted))
+        point = replace(point, brackets="")
+        return (point, placed) if named is answer else (placed, point)
+    return None
 
 
 def _ordered(gold: Group, answer: Group) -> bool:
@@ -117,13 +142,15 @@ def _same_value(gold: Value, answer: Value, equal: Equal) -> bool:
         return gold.text == answer.text or equal(gold.text, answer.text)
     if (gold.name and not answer.name and "=" in answer.text) or (answer.name and not gold.name and "=" in gold.text):
         return equal(gold.whole, answer.whole)
+    if gold.unit == answer.unit == "" and (sides := _equated(gold, answer)) is not None:
+        return bool(sides) and _unnamed_equal(*sides, equal)
     if gold.unit and answer.unit and gold.unit != answer.unit:
         return _degrees(gold, answer, equal)
     if gold.unit == answer.unit:
         return _same_text(gold, answer, equal)
-    if "%" in (gold.unit, answer.unit):
+    if gold.unit in _SHARES or answer.unit in _SHARES:
         return _percent(gold, answer, equal)
-    if gold.product or answer.product:
+    if gold.product or (answer.product and not answer.spaced):
         return _unnamed_equal(gold.whole, answer.whole, equal)
     return _same_text(gold, answer, equal) or _degrees(gold, answer, equal)
 
@@ -138,19 +165,24 @@ def _degrees(gold: Value, answer: Value, equal: Equal) -> bool:
 
 
 def _percent(gold: Value, answer: Value, equal: Equal) -> bool:
-    share, bare = (gold, answer) if gold.unit == "%" else (answer, gold)
+    share, bare = (gold, answer) if gold.unit in _SHARES else (answer, gold)
+    whole = _SHARES[share.unit]
     if bare.unit:
         return False
     if share.number is None or bare.number is None:
-        scaled = rf"\frac{{{share.text}}}{{100}}"
+        scaled = rf"\frac{{{share.text}}}{{{whole}}}"
         return equal(scaled, bare.text) if share is gold else equal(bare.text, scaled)
     value, other = share.number.value, bare.number.value
-    return other == value / 100 or (other == value and (share is gold or abs(other) > 1))
+    return other == value / whole or (other == value and (share is gold or abs(other) > 1))
 
 
 def _same_text(gold: Value, answer: Value, equal: Equal) -> bool:
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
+    if gold.number is not None and not gold.number.base and _CALCULATES.search(answer.text):
+        return False
+    if _APART.search(gold.text) or _APART.search(answer.text):
+        return gold.text == answer.text
     if _squeeze(gold.text) == _squeeze(answer.text):
         return True
     clocks = _CLOCK.fullmatch(gold.text), _CLOCK.fullmatch(answer.text)
@@ -159,8 +191,45 @@ def _same_text(gold: Value, answer: Value, equal: Equal) -> bool:
     if (ratio := _same_ratio(gold.text, answer.text)) is not None:
         return ratio
     if _worded(gold.text) or _worded(answer.text):
-        return words(gold.text) == words(answer.text)
+        return words(gold.text) == words(answer.text) and _operators(gold.text) == _operators(answer.text)
+    if _differ(gold.text, answer.text):
+        return False
     return _unnamed_equal(gold.text, answer.text, equal)
+
+
+def _equated(gold: Value, answer: Value) -> tuple[str, str] | tuple[()] | None:
+    """What to compare where one side is an equation: a + b = 7 says 7 of a quantity, x + 1 = 7 does not. None where none or both
+    are."""
+    gold_sides, answer_sides = split(gold.text, "="), split(answer.text, "=")
+    if (len(gold_sides) > 1) == (len(answer_sides) > 1):
+        return None
+    left = max(gold_sides, answer_sides, key=len)[0]
+    letters = re.sub(r"_\{?\d+\}?|\\[a-zA-Z]+", " ", left)
+    several = len(set(re.findall("[a-zA-Z]", letters))) > 1 or re.search("[a-zA-Z] *:.*[a-zA-Z]", letters)
+    named = several and not re.search(r"\d", letters) and not left.startswith("-")
+    if named or len(gold_sides) > 2 or "$" in left:  # a chain that the ground truth ends is its own; a price is no side
+        return gold_sides[-1], answer_sides[-1]
+    return ()
+
+
+def _differ(gold: str, answer: str) -> bool:
+    r"""Primes, an \ldots, relations, or words that twist a number: what the library does not look at."""
+    gold_marks, answer_marks = _marks(gold), _marks(answer)
+    if re.search(r"\\c[au]p(?![a-zA-Z])", gold + answer):  # 1 ≤ |z| is an interval for the library
+        return gold_marks[:2] != answer_marks[:2]
+    return gold_marks != answer_marks
+
+
+def _marks(text: str) -> tuple[int, bool, tuple[str, ...]]:
+    relations = re.findall(
+        r"[<>]|\\equiv|(?<![a-zA-Z}\d])\d+ *_|\\(?:le|ge|ne|to|rightarrow|neg|lnot|not|mapsto)(?![a-zA-Z])", text
+    )
+    twisted = [words(inner) for inner in re.findall(r"\\text\{([^{}]*)\}", text) if not is_noun(inner)]
+    return text.count("'"), r"\ldots" in text, tuple(sorted({*relations, *twisted}))
+
+
+def _operators(text: str) -> str:
+    return re.sub(r"[^-+*/^|=]|(?<=[A-Za-z])-(?=[A-Za-z])", "", text)
 
 
 def _unnamed_equal(gold: str, answer: str, equal: Equal) -> bool:
@@ -186,13 +255,18 @@ def _same_ratio(gold: str, answer: str) -> bool | None:
     left, right = sides
     if len(left) != len(right):
         return False
-    return all(a * right[0] == b * left[0] for a, b in zip(left, right, strict=True)) and bool(left[0]) == bool(right[0])
+    pivot = next((place for place, part in enumerate(left) if part), None)
+    if pivot is None or not right[pivot]:
+        return left == right
+    return all(a * right[pivot] == b * left[pivot] for a, b in zip(left, right, strict=True))
 
 
 def _worded(text: str) -> bool:
     """Words and nothing else: no product of variables."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return not re.search(r"[\d\\^_=+*/<>|]", bare) and ((bare != text and len(words(text)) > 1) or bool(_LETTERS.search(bare)))
+    if _FUNCTION.match(bare.strip()) or re.search(r"^-|[\d\\^_=+*/<>|(]", bare.strip("() ")):
+        return False
+    return (bare != text and len(words(text)) > 1) or bool(_LETTERS.search(bare))
 
 
 def match(gold: str, answer: str, equal: Equal) -> bool | None:
@@ -217,7 +291,7 @@ def _same_choice(gold: str, answer: str) -> bool | None:
     if given:
         return given == wanted
     bare = _CHOICE_MARKUP.sub(r"\1", answer).strip()
-    if _DENIED.search(bare) or len(set(_OPTION.findall(bare))) > 1:
+    if DENIES.search(bare) or HEDGES.search(bare) or set(_OPTION.findall(bare)) - wanted:
         return False
     stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare)
     return {stated[1].upper()} == wanted if stated else None

@@ -27,13 +27,13 @@ class Number:
 
 _SIGN = r"(?P<sign>[-+]?)\s*"
 _INTEGER = r"[1-9]\d{0,2}(?:[,， ]\d{3})+(?!\d)|\d+"
-_DECIMAL = re.compile(rf"{_SIGN}(?P<whole>{_INTEGER})?(?:\.\s?(?P<part>\d+)|\.)?")
+_DECIMAL = re.compile(rf"{_SIGN}(?P<whole>{_INTEGER})?(?:\.(?P<part>\d+)|\.)?")
 _COMMA_DECIMAL = re.compile(rf"{_SIGN}(?P<whole>\d+),(?P<part>\d{{2}}|\d{{4,}}|(?<=^0,)\d+|(?<=^-0,)\d+)")
 _RATIO = re.compile(
     rf"{_SIGN}(?:\(?\s*(?P<top>-?\d+)\s*/\s*(?P<bottom>\d+)\s*\)?|\\frac\s*\{{\s*(?P<top2>-?\d+)\s*\}}\s*\{{\s*(?P<bottom2>-?\d+)\s*\}}|\\frac\s*(?P<top3>\d)\s*(?P<bottom3>\d))"
 )
 _MIXED = re.compile(
-    rf"{_SIGN}(?P<whole>\d+)(?:\s*\(\s*(?P<top>\d+)\s*/\s*(?P<bottom>\d+)\s*\)|\s+(?:and\s+)?(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|"
+    rf"{_SIGN}(?P<whole>\d+)(?:\s*\(\s*(?P<top>\d+)\s*/\s*(?P<bottom>\d+)\s*\)|(?:\s+(?:and\s+)?|\s*又\s*)(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)|"
     r"\s*\\frac\s*\{\s*(?P<top3>\d+)\s*\}\s*\{\s*(?P<bottom3>\d+)\s*\}|\s*\\frac\s*(?P<top4>\d)\s*(?P<bottom4>\d))"
 )
 _POWER = re.compile(
@@ -41,7 +41,7 @@ _POWER = re.compile(
 )
 _TEN = re.compile(rf"{_SIGN}10\s*\^\s*\{{?\s*(?P<exponent>[-+]?\d+)\s*\}}?")
 _REPEATING = re.compile(
-    rf"{_SIGN}(?P<whole>\d+)\.(?P<part>\d*)(?:\\overline\s*\{{(?P<period>\d+)\}}|(?P<dots>\\dot\s*\{{?\d\}}?\d*(?:\\dot\s*\{{?\d\}}?)?))"
+    rf"{_SIGN}(?P<whole>\d+)\.(?P<part>\d*)(?:\\overline\s*\{{(?P<period>\d+)\}}|\((?P<cycle>\d+)\)|(?P<dots>\\dot\s*\{{?\d\}}?\d*(?:\\dot\s*\{{?\d\}}?)?))"
 )
 _BASE = re.compile(r"(?P<digits>[0-9A-Fa-f]+)\s*_\s*\{?\s*\(?(?P<base>\d+)\)?\s*\}?")
 _DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {
@@ -71,11 +71,13 @@ def number(text: str) -> Number | None:
 
 def same_number(gold: Number, answer: Number) -> bool:
     """Exactly equal; or the one a fraction that no decimal ends (1/3), and the other it to at least 6 places, rounded or cut off.
-    Of numbers in a base, the digits count where only one names the base."""
+    Of numbers in a base, the digits count where only the ground truth names the base."""
     if gold.base or answer.base:
         if gold.base and answer.base:
             return gold.value == answer.value
-        return gold.digits == answer.digits or (gold.value == answer.value and {gold.base, answer.base} == {0, 10})
+        if gold.value == answer.value and {gold.base, answer.base} == {0, 10}:
+            return True
+        return bool(gold.base) and gold.digits == answer.digits
     if gold.value == answer.value:
         return True
     for decimal, other in ((gold, answer), (answer, gold)):
@@ -136,7 +138,7 @@ def _repeating(text: str) -> Number | None:
     found = _REPEATING.fullmatch(text)
     if found is None:
         return None
-    period = found["period"] or re.sub(r"\D", "", found["dots"])
+    period = found["period"] or found["cycle"] or re.sub(r"\D", "", found["dots"])
     start, places = found["part"], len(found["part"])
     value = Fraction(int(found["whole"] + start), 10**places) + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
     return Number(_signed(found, value))
@@ -177,6 +179,9 @@ def _whole(text: str) -> Fraction | None:
         for step in mixed[2]:
             value *= _STEPS.get(step) or _MYRIADS[step]
         return value
+    if (pieces := re.findall(r"(\d+(?:\.\d+)?)([百千万亿]{1,2})", text)) and text == "".join(map("".join, pieces)):
+        values = [_whole("".join(piece)) for piece in pieces]
+        return sum(values, Fraction(0)) if values == sorted(values, reverse=True) else None
     if _CHINESE.fullmatch(text) is None:
         return None
     text, _, part = text.partition("点")
@@ -190,7 +195,11 @@ def _whole(text: str) -> Fraction | None:
             elif character in _STEPS:
                 section, digit = section + (1 if digit is None else digit) * _STEPS[character], None
             else:
-                total, section, digit = (total + section + (digit or 0)) * _MYRIADS[character], 0, None
-        total += section + (digit or 0)
+                section, myriad = section + (digit or 0), _MYRIADS[character]
+                if not total + section:
+                    return None
+                total, section, digit = (total + section) * myriad if total < myriad else total + section * myriad, 0, None
+        before = (_STEPS | _MYRIADS).get(text[-2:-1], 1)  # 二百五 is 250, 三千六 3600
+        total += section + (digit or 0) * (before // 10 if before > 10 else 1)
     decimals = "".join(str(_DIGITS[character]) for character in part)
     return Fraction(total) + (Fraction(int(decimals), 10 ** len(decimals)) if decimals else 0)

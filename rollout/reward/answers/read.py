@@ -5,6 +5,8 @@ r"""The structure of an answer: blanks, lists, points, intervals, sets, and sing
     point     (a, b)       in order; also an open interval, which nothing in the text tells from it
     interval  [a, b)       x ≥ a and \{x | x ≥ a\} are read as the interval they describe
     set       \{a, b\}     in any order; no point
+    units     3小时20分, 1 h 30 min, 2024年5月1日: in order
+    remainder 7余2, 7 R 2
     value     a formula, with its name (`x =`), unit and per cent sign apart
 
 Of a commanding prose ("the answer is 5 cm") the last statement is read. Candidates stay a list, whoever lists them.
@@ -17,13 +19,15 @@ from dataclasses import dataclass, replace
 
 from rollout.reward.answers import text as text_form
 from rollout.reward.answers.numbers import Number, number
-from rollout.reward.answers.units import split_unit
+from rollout.reward.answers.phrases import DENIES, HEDGES, is_noun
+from rollout.reward.answers.units import UNITS, split_unit
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
     """One formula. text: cleaned LaTeX without name and unit. unit: "" where none is given, or a word that is no unit (apples).
-    product: the unit may as well be a variable (`5m`). whole: the text before anything was taken off."""
+    product: the unit may as well be a variable (`5m`, `5 m`). spaced: a space sets it apart. whole: the text before anything was
+    taken off."""
 
     text: str
     unit: str = ""
@@ -31,11 +35,13 @@ class Value:
     whole: str = ""
     product: bool = False
     number: Number | None = None
+    spaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    r"""Several parts. brackets: "" list, "or" list of candidates joined by or, ";" blanks, "{}" set, else the two brackets."""
+    r"""Several parts. brackets: "" list, "or" list of candidates joined by or, ";" blanks, "{}" set, "units" quantity of
+    several units or a date, "remainder" quotient and remainder, else the two brackets."""
 
     brackets: str
     parts: tuple[Node, ...]
@@ -76,12 +82,16 @@ _WORD = re.compile(rf"(?<![a-zA-Z])(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}
 _LABELS = re.compile(r"(?:\(\d\)\s*)+|(?:\\textcircled\{\d+\}[,\s]*)+")
 """(2)(3) and ②③: the numbers of statements, and no product."""
 _COUNTED = re.compile(r"(?P<value>-?[\d.,/ ]*\d|.*[\d}])\s*(?P<noun>[A-Za-z][A-Za-z' -]*|[\u4e00-\u9fff]+)")
+_QUANTITY = r"(\d+(?:\.\d+)?)\s*([A-Za-z]+|[\u4e00-\u9fff]+)\s*"
+_QUANTITIES = re.compile(rf"(?:{_QUANTITY}){{2,}}")
+_REMAINDER = re.compile(r"(\d+)\s*(?:余|[Rr]|remainder|(?:\\ldots\s*){1,2})\s*(\d+)")
+_NO_NAME = re.compile(r"\\(?:not|neg|lnot|ne|to|in|le|ge|pm|mp|approx)(?![a-zA-Z])|(?!.*[A-Z]{2}).*\^")
+"""x^2 = 7 is no statement of 7; BC^2 = 19 names the square of a length."""
 _FIGURE = r"[$]?-?\d+(?:[.,/]\d+)*%?"
 _CANDIDATES = re.compile(
     rf"{_FIGURE}(?:\s*[A-Za-z\u4e00-\u9fff]{{1,10}}?)?(?:[\s,;(]*(?:,|;|\b(?:or|and|to|maybe|perhaps|possibly|alternatively)\b|或者?|可能|[和与到至~])+"
     rf"[\s,(]*(?:x|maybe|perhaps|possibly|it is)?\s*=?\s*{_FIGURE}(?:\s*[A-Za-z\u4e00-\u9fff]{{1,10}}?)?)+(?=\D*$)"
 )
-_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|either)\b|或|可能|也许")
 
 
 def read(text: str) -> tuple[Node, ...]:
@@ -101,7 +111,8 @@ def read(text: str) -> tuple[Node, ...]:
         return (Value(statement, whole=statement),)
     nodes = [_blanks(statement, True)]
     if _THOUSANDS.search(statement) or (number(statement) is not None and "," in statement):
-        nodes.append(_blanks(statement, False))
+        if not re.search(r"(?<![\d.])0\d", statement):  # 10,080 is no list with 080
+            nodes.append(_blanks(statement, False))
         if number(statement) is not None:
             nodes.insert(0, _value(statement))
     return tuple(dict.fromkeys(nodes))
@@ -135,24 +146,18 @@ def _statement(formula: str) -> str | None:
     shorter = _OPENERS.sub("", re.sub(r"^\\text\{\s*(?:Yes|No|Thus|So)\s*,?\s*\}\s*,?", "", formula)).strip()
     if shorter and _is_formula(shorter):
         return shorter
-    if (found := _LEAD.match(formula)) is not None:
+    if (found := _LEAD.match(formula)) is not None and not (DENIES.search(found[0]) or HEDGES.search(found[0])):
         rest = _OPENERS.sub("", formula[found.end() :]).strip().strip("*").strip()
         if rest and "$" not in rest and (_is_formula(rest) or _is_words(rest)):
             return rest
-    if (found := _CANDIDATES.search(formula)) is not None and "\\" not in formula:
+    if (found := _CANDIDATES.search(formula)) is not None and "\\" not in formula and not DENIES.search(formula):
         return re.sub(r"[(]|\b(?:to|maybe|perhaps|possibly|alternatively)\b|[可能到至~]+", ",", found[0])
     return None
 
 
-def is_hedged(text: str) -> bool:
-    """Does the last sentence of a prose offer several numbers to choose from?"""
-    last = re.split(r"(?<=[.!?])\s+(?=[A-Z])|[。\n]", text.strip())[-1]
-    return _HEDGE.search(last) is not None and len(re.findall(r"\d+(?:[.,/]\d+)*", last)) > 1
-
-
 def _is_formula(formula: str) -> bool:
     """Mathematics, its units and the nouns that are counted; no sentence."""
-    for part in _split(formula, ";") if ";" in formula else [formula]:
+    for part in split(formula, ";") if ";" in formula else [formula]:
         for item in re.split(_OR, part):
             for single in _AND.split(item):
                 if single and not _is_item(single.strip()):
@@ -161,18 +166,21 @@ def _is_formula(formula: str) -> bool:
 
 
 def _is_item(text: str) -> bool:
-    value, _, _ = split_unit(_after_name(text)[1])
+    body = _after_name(text)[1]
+    if _quantities(body) or _REMAINDER.fullmatch(body):
+        return True
+    value, _, _ = split_unit(body)
     bare = _CODE.sub(" ", re.sub(r"\\text\{[^{}]*\}|_\{[^{}]*\}", " ", value))
     bare = re.sub(r"\\begin\{\w+\}|\\end\{\w+\}|\\mathbb\{\w\}|(?:begin|end)?\{[a-z]*matrix\}|\{array\}(\{[clr|]+\})?", " ", bare)
     if not _WORD.search(bare) or number(value) is not None:
         return True
     counted = _COUNTED.fullmatch(value)
-    if counted is None or len(counted["noun"]) > 24 or len(counted["noun"].split()) > 3:
+    if counted is None or not is_noun(counted["noun"]) or len(counted["noun"]) > 24 or len(counted["noun"].split()) > 3:
         return False
     return not _WORD.search(_CODE.sub(" ", re.sub(r"\\text\{[^{}]*\}", " ", counted["value"])))
 
 
-def _split(text: str, separators: str) -> list[str]:
+def split(text: str, separators: str) -> list[str]:
     """Split at one-character separators outside all brackets."""
     parts, depth, start = [], 0, 0
     for place, character in enumerate(text):
@@ -201,7 +209,7 @@ def _split_at(pattern: re.Pattern[str], text: str) -> list[str]:
 
 
 def _blanks(text: str, thousands: bool) -> Node:
-    parts = [part for part in _split(text, ";") if part]
+    parts = [part for part in split(text, ";") if part]
     if len(parts) > 1:
         return Group(";", tuple(_list(re.sub(r"^\(\d\)\.?(?=.)", "", part).strip(), thousands) for part in parts), whole=text)
     return _list(parts[0] if parts else text, thousands)
@@ -238,9 +246,9 @@ def _named(parts: tuple[Node, ...]) -> tuple[Node, ...]:
 
 def _commas(text: str, thousands: bool) -> list[str]:
     if not thousands:
-        return _split(text, ",")
+        return split(text, ",")
     kept = _THOUSANDS.sub(lambda found: found[0].replace(",", "\0"), text)
-    return [part.replace("\0", ",") for part in _split(kept, ",")]
+    return [part.replace("\0", ",") for part in split(kept, ",")]
 
 
 def _is_interval(node: Node) -> bool:
@@ -257,6 +265,10 @@ def _one(text: str) -> list[Node]:
         return [group]
     if (interval := _interval(body, text)) is not None:
         return [interval]
+    if quantities := _quantities(body):
+        return [Group("units", quantities, _short(name), text)]
+    if (divided := _REMAINDER.fullmatch(body)) is not None:
+        return [Group("remainder", tuple(map(_value, divided.groups())), _short(name), text)]
     if body.count(r"\pm") == 1 and r"\mp" not in body:
         before, _, after = body.partition(r"\pm")
         plus, minus = f"{before}+{after}" if before.strip() else after, f"{before}-{after}"
@@ -266,16 +278,37 @@ def _one(text: str) -> list[Node]:
     return [_value(text)]
 
 
+def _quantities(body: str) -> tuple[Value, ...]:
+    """Two or more numbers, each with its unit or its Chinese noun; () for anything else."""
+    if _QUANTITIES.fullmatch(body) is None or number(body) is not None:
+        return ()
+    found = re.findall(_QUANTITY, body)
+    units = [UNITS.get(unit, "" if unit.isascii() else unit) for _, unit in found]
+    if not all(units) or all(len(unit) == 1 and unit.isascii() for _, unit in found):
+        return ()
+    if {"h", "s", "day"} & set(units):
+        units = ["min" if unit == "fen" else unit for unit in units]
+    return tuple(
+        Value(value, unit, whole=value + unit, number=number(value)) for (value, _), unit in zip(found, units, strict=True)
+    )
+
+
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None and _NO_NAME.match(text) is None and number(text) is None
+
+
 def _after_name(text: str) -> tuple[str, str]:
     r"""("x", "5") of `x = 5`, of `x = 2 + 3 = 5`, of `x \in …`; ("", text) where no mere name stands before."""
     if (member := re.match(rf"({_NAME.pattern})\s*\\in(?![a-zA-Z])\s*", text)) is not None:
         return member[1].strip(), text[member.end() :].strip()
     head, *rest = re.split(r"\\approx(?![a-zA-Z])", text)
-    sides = _split(head, "=")
-    if len(sides) == 1 and rest and _NAME.fullmatch(sides[0]):
+    sides = split(head, "=")
+    if len(sides) == 1 and rest and _is_name(sides[0]):
         sides.append(rest[0].strip())
-    if len(sides) > 1 and sides[-1] and _NAME.fullmatch(sides[0]) and number(sides[0]) is None:
+    if len(sides) > 1 and sides[-1] and _is_name(sides[0]):
         return sides[0], sides[-1]
+    if len(sides) == 2 and number(sides[0]) is not None and _is_name(sides[1]):
+        return sides[1], sides[0]
     return "", text
 
 
@@ -296,12 +329,12 @@ def _bracketed(body: str, name: str, whole: str) -> Group | None:
         if depth == 0 and place < len(inner) - 1:
             return None
     content = inner[1:-1]
-    parts = [part for part in _split(content, ",;") if part]
+    parts = [part for part in split(content, ",;") if part]
     if inner[0] == "{":
         if not explicit:  # braces that LaTeX only groups with
             node = _list(content, True)
             return replace(node, name=_short(name)) if isinstance(node, Group) else None
-        return Group("{}", tuple(node for part in _split(content, ",;") if part for node in _one(part)), _short(name), whole)
+        return Group("{}", tuple(node for part in split(content, ",;") if part for node in _one(part)), _short(name), whole)
     if len(parts) < 2:
         return None
     return Group(inner[0] + inner[-1], tuple(_first(_one(part), part) for part in parts), _short(name), whole)
@@ -334,7 +367,7 @@ def _interval(body: str, whole: str) -> Group | None:
 
 
 def _ends(low: str, left: str, name: str, right: str, high: str, whole: str) -> Group:
-    brackets = ("[" if "le" in left else "(") + ("]" if "le" in right else ")")
+    brackets = ("[" if left.startswith("\\") else "(") + ("]" if right.startswith("\\") else ")")
     return Group(brackets, (_value(low), _value(high)), _short(name), whole)
 
 
@@ -344,6 +377,7 @@ def _value(text: str) -> Value:
     value = value.strip().rstrip(",").strip() or body
     if unit == "" and number(value) is None and (counted := _COUNTED.fullmatch(value)) is not None:
         noun = counted["noun"]
-        if (_WORD.search(noun) or re.search(r"[\u4e00-\u9fff]", noun)) and number(counted["value"]) is not None:
+        if is_noun(noun) and (_WORD.search(noun) or re.search(r"[\u4e00-\u9fff]", noun)) and number(counted["value"]) is not None:
             value = counted["value"].strip()
-    return Value(value, unit, _short(name), text, bool(unit) and not surely, number(value))
+    spaced = re.search(r"\s[a-zA-Z]$", body) is not None
+    return Value(value, unit, _short(name), text, bool(unit) and not surely, number(value), spaced)

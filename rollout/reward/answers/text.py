@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from fractions import Fraction
 
 from rollout.reward.answers.units import is_unit
 
@@ -46,12 +47,27 @@ _GREEK = dict(
     )
 )
 _SIGNS |= {letter: f"\\{name} " for letter, name in _GREEK.items()}
+_SIGNS |= {
+    "㎝": "cm",
+    "㎜": "mm",
+    "㎞": "km",
+    "㎡": "m^2",
+    "㎠": "cm^2",
+    "㎥": "m^3",
+    "㎏": "kg",
+    "㎎": "mg",
+    "㎖": "mL",
+    "…": r"\ldots ",
+}
+_INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF]) | {
+    code: " " for code in range(32) if chr(code) not in "\t\n\r"
+}
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CIRCLED = {chr(0x2460 + number): rf"\textcircled{{{number + 1}}}" for number in range(20)}
 _ANY_SIGN = re.compile("|".join(map(re.escape, _SIGNS | _CIRCLED)))
 
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\\!|\{,\}\s*(?:\\!)?|,\s*\\!|\\;|\\ )\s*(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\\!|\s?\{,\s?\}\s*(?:\\!)?|,\s*\\!|\\;|\\ )\s*(?=\d{3}(?!\d))")
 _TEXT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|operatorname|bm|boldsymbol|rm)\s*\*?\s*\{"
 )
@@ -75,9 +91,34 @@ _CODES = (
     (re.compile(r"\\text\{\s*([或和与及且])\s*\}"), r"\1"),
     (re.compile(r"_\s*\{?\s*\\text\{([^{}]*)\}\s*\}?"), lambda found: "_{" + found[1].replace(" ", "") + "}"),
     (re.compile(r"_\s*\{?\s*\\(odot|oplus|star|ast|dagger|perp|parallel|infty)(?![a-zA-Z])\s*\}?"), r"_{\1}"),
-    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\{,\s?\}"), ","),
+    (re.compile(r"\.{3}|\\(?:cdots|dots)(?![a-zA-Z])"), r"\\ldots "),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\^\s*\{?\s*\\prime(?![a-zA-Z])\s*\}?"), "'"),
     (re.compile(r"\s+"), " "),
 )
+_SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+    "打": 12,
+    "half": Fraction(1, 2),
+} | {
+    name: Fraction(1, parts)
+    for name, parts in zip(
+        ("third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth"),
+        (3, 4, 4, 5, 6, 7, 8, 9, 10, 100, 1000),
+        strict=True,
+    )
+}
+_SCALE = rf"(?:(?:{'|'.join(_SCALES)}|halve)s?(?![a-z])|打)"
+_SCALED = re.compile(
+    rf"(?<![\d.,}}^_/])(\d+(?:\.\d+)?)\s*(?:\\text\{{\s*)?((?:{_SCALE}\s*){{1,2}})(?:\}}|(?<=\s)|(?![\w}}]))", re.IGNORECASE
+)
+_HALF_MORE = re.compile(r"(?<![\d.,/])(\d+) and a half(?![a-z])")
 _ROOT = re.compile(r"\\sqrt\s*(\d+(?:\.\d+)?|[a-z](?![a-z]))")
 _ROOT_OF = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _BARE_ROOT = re.compile(r"(?<![\\a-zA-Z])sqrt(?=\s*[\d({])")
@@ -95,7 +136,7 @@ _JOINTS = re.compile(rf"(?:{_JOINT.pattern}){{1,4}}", re.IGNORECASE)
 
 def clean(text: str) -> str:
     """Plain LaTeX of one formula, without delimiters."""
-    text = _THOUSANDS.sub("", text.translate(_FULL_WIDTH))
+    text = _THOUSANDS.sub("", text.translate(_INVISIBLE).translate(_FULL_WIDTH))
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
     text = _ANY_SIGN.sub(lambda found: _SIGNS.get(found[0]) if found[0] in _SIGNS else _CIRCLED[found[0]], text)
@@ -105,7 +146,18 @@ def clean(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _BARE_PI.sub(r"\\pi ", _BARE_ROOT.sub(r"\\sqrt", text))
     text = _ROOT_OF.sub(r"\\sqrt{\1}", _ROOT.sub(r"\\sqrt{\1}", text))
-    return text.strip()
+    text = _HALF_MORE.sub(lambda found: f"{found[1]}.5", text.strip())
+    return _SCALED.sub(_scaled, text).strip()
+
+
+def _scaled(found: re.Match[str]) -> str:
+    """5 million is 5000000, 5 halves are 5/2."""
+    value = Fraction(found[1])
+    for word in re.findall(r"[a-z]+|打", found[2].lower()):
+        value *= _SCALES[word.removesuffix("s")] if word != "halves" else Fraction(1, 2)
+    if value.denominator == 1:
+        return str(value.numerator)
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _letter(found: re.Match[str]) -> str:
@@ -122,13 +174,13 @@ def unwrap(text: str) -> str | None:
     delimiters, with a short tail (a unit, a per cent sign); several boxes or formulas joined by commas, `and`, `or` become a
     list. None for prose around several formulas, where only a reader, or the library, can say which is meant."""
     text = text.strip()
-    if boxes := _boxes(text):
-        between = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(boxes)]
-        contents = [content for _, _, content in boxes]
+    if found := boxes(text):
+        between = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(found)]
+        contents = [content for _, _, content in found]
         if len(set(contents)) > 1 and not all(_JOINTS.fullmatch(_outside(gap)) for gap in between):
             return None
         joined = contents[0] if len(set(contents)) == 1 else " , ".join(contents)
-        return joined + _tail(text[boxes[-1][1] :])
+        return joined + _tail(text[found[-1][1] :])
     found = list(_DELIMITERS.finditer(text))
     if not found:
         return text
@@ -164,7 +216,7 @@ def _tail(after: str) -> str:
     return f" {rest}" if rest and is_unit(clean(rest)) else ""
 
 
-def _boxes(text: str) -> list[tuple[int, int, str]]:
+def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of each outermost \boxed{} whose braces match."""
     found, position = [], 0
     while match := _BOX.search(text, position):

@@ -1,11 +1,13 @@
 r"""Units at the end of a value, in English, Chinese and LaTeX; each with one name, so that 厘米, cm and centimetres are the same.
 
-A single letter is a unit where a space or \text sets it apart from the number: `5 m`, but not surely in `5m`.
+A single letter is surely a unit in \text alone: `5 m` and `5m` may be a product.
 """
 
 from __future__ import annotations
 
 import re
+
+from rollout.reward.answers.phrases import is_noun
 
 _NAMES = {
     "m": "m metre metres meter meters 米", "cm": "cm centimetre centimetres centimeter centimeters 厘米 公分",
@@ -22,7 +24,7 @@ _NAMES = {
     "dm^2": "平方分米", "km^2": "平方千米 平方公里", "mm^2": "平方毫米", "ha": "hectare hectares 公顷", "m^3": "立方米",
     "cm^3": "立方厘米 cc", "dm^3": "立方分米", "mm^3": "立方毫米", "mu": "亩", "ft^2": "sqft",
     "yuan": "元 yuan RMB 块 块钱 人民币",
-    "jiao": "角", "fen": "分", "wanyuan": "万元", "yiyuan": "亿元", "dollar": "dollar dollars USD 美元",
+    "jiao": "角", "fen": "分", "dollar": "dollar dollars USD 美元",
     "cent": "cent cents 美分", "euro": "€ euro euros EUR 欧元", "pound sterling": "£ GBP 英镑", "rupee": "₹ rupee rupees Rs",
     "degree": r"^\circ degree degrees deg 度", "radian": "rad radian radians 弧度", "Celsius": r"^\circC 摄氏度 Celsius",
     "Fahrenheit": r"^\circF 华氏度 Fahrenheit", "K": "K kelvin kelvins", "N": "N newton newtons 牛 牛顿",
@@ -48,6 +50,8 @@ _IN_TEXT = re.compile(r"\s*\\text\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d\s*\}?)?\s*$")
 _TEXT_COMPOUND = re.compile(r"\\text\{[^{}]*\}\s*(?:\^\s*\{?-?\d\}?)?\s*(?:/|\\cdot)")
 _AT_END = re.compile(rf"(?<![A-Za-z\\_^])\s*({_COMPOUND})\s*$")
 _WHOLE = re.compile(rf"\s*({_COMPOUND})\s*")
+_FACTORS = re.compile(r"[A-Za-z](?:\s+[A-Za-z](?:\^\{?\d\}?)?)+")
+"""m g h: variables, unless a power is negative (m s^{-1})."""
 _TOKEN = re.compile(rf"({_SQUARE})({_ONE})(?![A-Za-z])(?:\^\{{?(-?\d)\}}?)?|(/|per|每)")
 _NUMERIC = re.compile(r"(?:[\d\s.,/^+*()\u4e00-\u9fff{}-]|\\(?:frac|sqrt|pi|times|cdot|pm)(?![a-zA-Z])|(?<=\d)[eE](?=[-+\d]))+")
 """A value that has a unit without \\text: digits, roots and π, no variables."""
@@ -72,16 +76,20 @@ def split_unit(text: str) -> tuple[str, str, bool]:
     if (found := _IN_TEXT.search(text)) and text[: found.start()].strip():
         content = (found[1].strip() + (found[2] or "")).replace(" ^", "^")
         whole = _WHOLE.fullmatch(content)
+        if whole is None and not is_noun(content):
+            return text, "", True
         value, unit = text[: found.start()].strip(), _canonical(whole[1]) if whole else ""
         inner, inner_unit, _ = split_unit(value) if re.search(r"%\s*$|\\text\{[^{}]*\}\S{0,5}$", value) else (value, "", True)
         return inner, inner_unit or unit, True
     found = _AT_END.search(text)
     if found is None or not (value := text[: found.start(1)]).strip() or not _NUMERIC.fullmatch(value):
         return text, "", True
+    if _FACTORS.fullmatch(found[1].strip()):
+        return text, "", True
     spelling, spaced = found[1].strip(), value != value.rstrip()
     if spelling in _LETTERS and not (spaced or value[-1].isdigit()):
         return text, "", True
-    return value.strip(), _canonical(spelling), spaced or spelling not in _LETTERS
+    return value.strip(), _canonical(spelling), spelling not in _LETTERS
 
 
 def _canonical(spelling: str) -> str:
