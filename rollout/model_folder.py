@@ -28,22 +28,28 @@ def check_model_folder(path: Path) -> None:
     """Raises InputError, one line, unless `path` has a config of a known architecture, safetensors and a fast tokenizer."""
     if not path.is_dir():
         raise InputError(f"{path}: no such model folder; name a Hugging Face folder (or run the command that writes this one)")
-    config_file = path / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{config_file}: missing; a model folder holds config.json, *.safetensors and tokenizer.json") from None
-    except OSError as error:
-        raise InputError(f"{config_file}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{config_file}: not JSON; fetch the model folder again") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ARCHITECTURES:
-        raise InputError(f"{config_file}: model_type: {kind!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
+    read_config(path, "a model folder holds config.json, *.safetensors and tokenizer.json")
     if not any(path.glob("*.safetensors")):
         raise InputError(f"{path}: no *.safetensors weights; save the model with safetensors into this folder")
     if not (path / "tokenizer.json").exists():
         raise InputError(f"{path}/tokenizer.json: missing; save the model's fast tokenizer into this folder")
+
+
+def read_config(path: Path, mend: str) -> dict[str, Any]:
+    """config.json of a known architecture. Raises InputError; mend: what to do where the file is missing."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing; {mend}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{file}: not JSON; fetch the model folder again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ARCHITECTURES:
+        raise InputError(f"{file}: model_type: {kind!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
+    return config
 
 
 def longest_context(config: dict[str, Any]) -> int | None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ def read_prompts(path: Path, *, columns: dict[str, str] | None = None, answer_pa
     if not prompts:
         raise InputError(f"{path}: is empty; give it at least one prompt")
     return prompts
+
+
+def as_metadata(value: Any, error: Callable[[str, Any, str], InputError]) -> dict[str, Any]:
+    """A row's metadata: an object, or one written as JSON; {} for None. error: of a field, its value and the mend; raised."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as problem:
+            why = getattr(problem, "msg", str(problem))
+            raise error("metadata", value, f"is not JSON ({why}); make it a JSON object") from None
+    if not isinstance(value, dict):
+        raise error("metadata", value, f"is a {type(value).__name__}; make it a JSON object")
+    return value
 
 
 class _RowReader:
@@ -124,17 +139,7 @@ class _RowReader:
         return value
 
     def metadata(self) -> dict[str, Any]:
-        value = self.raw("metadata")
-        if value is None:
-            return {}
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", str(error))
-                raise self.error("metadata", value, f"is not JSON ({why}); make it a JSON object") from None
-        if not isinstance(value, dict):
-            raise self.error("metadata", value, f"is a {type(value).__name__}; make it a JSON object")
+        value = as_metadata(self.raw("metadata"), self.error)
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:

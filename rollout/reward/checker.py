@@ -66,7 +66,8 @@ class Checker:
         """Whether the result is there."""
         end, used = time.monotonic() + at_most, _processor_seconds(self._pid)
         while True:
-            left = min(seconds - (_processor_seconds(self._pid) - used), end - time.monotonic())
+            # A tick more: both figures are whole ones, rounded down.
+            left = min(seconds - (_processor_seconds(self._pid) - used) + 1 / _TICKS, end - time.monotonic())
             if left <= 0:
                 return self._pipe.poll(0)
             if self._pipe.poll(max(left, 0.01)):

@@ -7,7 +7,6 @@ A row has one output or a list of them. Fields are found by their usual names, o
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from curation.errors import InputError as FileError
 from curation.errors import shown
 from curation.fields import first
 from rollout.errors import InputError
+from rollout.prompts import as_metadata
 from rollout.types import FinishReason, Prompt
 
 NAMES = {
@@ -169,18 +169,7 @@ class _Row:
         return ["length" if reason in _TRUNCATED else "stop" for reason in reasons]
 
     def metadata(self) -> dict[str, Any]:
-        value = self.value("metadata")
-        if value is None:
-            return {}
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", str(error))
-                raise self.error("metadata", value, f"is not JSON ({why}); make it a JSON object") from None
-        if not isinstance(value, dict):
-            raise self.error("metadata", value, f"is a {type(value).__name__}; make it a JSON object")
-        return value
+        return as_metadata(self.value("metadata"), self.error)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

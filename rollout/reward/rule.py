@@ -10,11 +10,12 @@ The workers
 - calculate in a process that each forks, and kills where it is late (`rollout.reward.checker`).
 
 How a batch's time is shared. No answer may go without a turn because others hang, so the batch goes in rounds. In each, every
-answer that is left gets the same time: half of what the batch has left, times the workers, over the answers; at most
-timeout_seconds, and at first at least half a second. What does not end in it is put off to the next round, where fewer are left,
-and each gets more. Thus in 70 s on 2 workers each of 256 answers gets half a second, whatever the others do, and the few that
-hang get more, as long as there is time. Turns are measured in processor time, but take at most double by the clock;
-timeout_seconds and batch_seconds are by the clock. The answers that look quick come first.
+answer that is left gets the same time: what the batch has left, times the workers, over the answers; at most timeout_seconds.
+In the first round, where some wait for others' turns to end, it is half of that, and at least half a second. What does not end in
+its turn is put off to the next round, where fewer are left, and each gets more. Thus in 70 s on 2 workers each of 256 answers
+gets half a second, whatever the others do, and the few that hang get more, as long as there is time. Turns are measured in
+processor time, but take at most double by the clock; timeout_seconds and batch_seconds are by the clock. The answers that look
+quick come first.
 
 multiprocessing's own resource tracker, one small process for the whole program, lives until the program's end.
 """
@@ -139,9 +140,9 @@ class RuleVerifier:
         seconds = 0.0
         while left := {key: job for key, job in jobs.items() if key not in verdicts}:
             share = (end - time.monotonic()) * self._workers / len(left)
-            seconds, last = min(self._timeout, max(share / 2, FIRST_SECONDS)), seconds
-            if seconds < self._timeout and seconds <= last:
-                seconds = min(self._timeout, share)
+            if not seconds and len(left) > self._workers:
+                share = max(share / 2, FIRST_SECONDS)
+            seconds, last = min(self._timeout, share), seconds
             if seconds <= last and not died:
                 break  # another turn, no longer than the last, would end as that did
             for key, outcome in self._round(left, seconds, end, in_turn=last > 0).items():

@@ -125,8 +125,14 @@ class VllmChild:
 def environment(threads: int, device: str | None, workers: int = 1, *, pack_weights: bool = True) -> dict[str, str]:
     """What the process sees. device: the GPUs it may use, as CUDA_VISIBLE_DEVICES lists them; None on a CPU. workers: tensor
     parallel. pack_weights: see `rollout.vllm.loading`."""
+    place = cpu_variables(workers, pack_weights=pack_weights) if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return common_environment(threads) | place
+
+
+def common_environment(threads: int) -> dict[str, str]:
+    """What any process of vLLM sees, on a GPU and on a CPU."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SCRUBBED)}
-    ours = {
+    return kept | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "",
         "VLLM_NO_USAGE_STATS": "1",
@@ -135,12 +141,12 @@ def environment(threads: int, device: str | None, workers: int = 1, *, pack_weig
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if device is None:
-        ours["GLIBC_TUNABLES"] = ":".join(filter(None, (kept.get("GLIBC_TUNABLES"), MALLOC)))
-        ours[PACK_VARIABLE] = str(int(pack_weights))
-        if workers > 1:
-            ours["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node for each
-        ours["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there but a sampler's detail, for seconds
-    else:
-        ours["CUDA_VISIBLE_DEVICES"] = device
-    return kept | ours
+
+
+def cpu_variables(workers: int, *, pack_weights: bool) -> dict[str, str]:
+    """What it sees besides on a CPU."""
+    return {
+        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), MALLOC))),
+        PACK_VARIABLE: str(int(pack_weights)),
+        "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled there but a sampler's detail, for seconds
+    } | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if workers > 1 else {})  # else it wants a NUMA node for each

@@ -26,6 +26,7 @@ from rollout.vllm.engine import Deadlines
 from rollout.vllm.server_engine import ServerEngine
 from rollout.weights.push import Sender
 from rollout.weights.source import TensorMeta
+from tests.rollout.loop_server import LoopServer
 
 EVENT_TOKENS = 4
 KEY_ENV = "KEJU_TEST_KEY"
@@ -51,7 +52,7 @@ def free_port() -> int:
 
 
 @dataclass
-class FakeServer:
+class FakeServer(LoopServer):
     """key: demanded where set. Everything else may be changed while it runs.
 
     fail: path → what becomes of a call to it: an HTTP status, "silent" (never answers), "cut" (closes the connection) or an
@@ -94,22 +95,6 @@ class FakeServer:
     def wait_until(self, holds: Callable[[FakeServer], bool], seconds: float = 30.0) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: holds(self), seconds), f"{self.url}: {holds} did not come within {seconds} s"
-
-    def start(self) -> FakeServer:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(30)
-        return self
-
-    def stop(self) -> None:
-        """As a killed server: every connection breaks."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
-        self._loop.close()
 
     def start_again(self) -> FakeServer:
         """A new process at the same address: it knows nothing."""

@@ -19,6 +19,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.rollout.loop_server import LoopServer
+
 Act = Any
 """An HTTP status; (status, headers); "silent"; "cut"; "drip" (a byte at a time); "garbage" and "html" (a 200 that is no JSON);
 "judge"; bytes or a dict (the body of a 200); any other str (the message's content); or a callable of the request's body that
@@ -47,7 +49,7 @@ def by_material(body: dict[str, Any]) -> str:
 
 
 @dataclass
-class ScriptedJudge:
+class ScriptedJudge(LoopServer):
     """key: demanded where set. Everything else may be changed while it runs. tokens: said of each completion."""
 
     key: str | None = None
@@ -71,22 +73,6 @@ class ScriptedJudge:
     def wait_until(self, holds: Callable[[ScriptedJudge], bool], seconds: float = 20.0) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: holds(self), seconds), f"did not come within {seconds} s"
-
-    def start(self) -> ScriptedJudge:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="scripted-judge", daemon=True)
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(30)
-        return self
-
-    def stop(self) -> None:
-        """As a killed server: every connection breaks."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
-        self._loop.close()
 
     async def _listen(self) -> None:
         self._transports: set[asyncio.Transport] = set()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import InputError
-from rollout.model_folder import ARCHITECTURES
+from rollout.model_folder import read_config
 from rollout.weights.source import TensorMeta
 
 _QWEN2 = {
@@ -79,22 +79,12 @@ def model_folder(path: Path, architecture: str | None) -> Iterator[tuple[Path, d
 
 def read(path: Path) -> dict[str, Any]:
     """A folder's config.json; its weights need not be there. Raises InputError."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{file}: missing; fetch the model folder (a plan needs config.json alone), or plan for a named model: --architecture"
-            f" with one of {', '.join(NAMED)}"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{file}: not JSON; fetch the model folder again") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ARCHITECTURES:
-        raise InputError(f"{file}: model_type: {kind!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
+    named = f"plan for a named model: --architecture with one of {', '.join(NAMED)}"
+    mend = f"fetch the model folder (a plan needs config.json alone), or {named}"
+    config = read_config(path, mend)
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(config.get(key), int) or config[key] < 1:
-            raise InputError(f"{file}: {key}: {config.get(key)!r} is not a whole number above 0; fetch the model folder again")
+            raise InputError(
+                f"{path}/config.json: {key}: {config.get(key)!r} is not a whole number above 0; fetch the model folder again"
+            )
     return config
