@@ -151,7 +151,7 @@ class Actor:
         """This rank's micro-batches."""
         return micro_batches(
             batch, rank=self._rank, ranks=self._ranks, budget=config.tokens_per_micro_batch,
-            at_least=config.micro_batches or 1, device=self.device,
+            at_least=config.micro_batches or 1, device=self.device, attention=self.policy.attention,
         )  # fmt: skip
 
     def _gradient_pass(self, batch: ScoredMiniBatch, stage: StageConfig, sign: float, advance: Advance) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """Attention over packed sequences: each document sees itself alone, causally, whatever stands beside it in the micro-batch.
 
-Sequences of similar length are laid side by side, padded on the right, and go through one causal SDPA call: a causal row never
-sees what stands behind it, so right padding needs no mask and changes nothing. Registered with transformers as "keju_packed"; the
-model gets the `SequenceLayout` as the keyword `layout`.
+    flash     flash-attn's kernel for sequences of different lengths; where that package is installed
+    varlen    torch.nn.attention.varlen, which comes with torch and runs the same algorithm; on GPUs
+    sdpa      any machine: sequences of similar length side by side, padded on the right, through one causal SDPA call each. A
+              causal row never sees what stands behind it, so right padding needs no mask and changes nothing
+
+Registered with transformers as "keju_packed"; the model gets the `SequenceLayout` as the keyword `layout`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +21,65 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from rollout.errors import InputError
+from trainer.sequence_parallel import SequenceGroup
+
 NAME = "keju_packed"
 MIN_FILL = 0.7
 """The shortest sequence of a bucket has at least this share of the longest one's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """How a policy attends. kernel: flash, varlen or sdpa. group: the ranks that share its micro-batches, if any do."""
+
+    kernel: str = "sdpa"
+    group: SequenceGroup | None = None
+
+
+ALONE = Attention()
+"""Any machine's, each micro-batch on one rank."""
+
+
+def attention_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The one that runs where `model.attention` says `wanted`. Raises InputError where that cannot be."""
+    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = {
+        "flash": able and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": able and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "sdpa": True,
+    }
+    if wanted == "auto":
+        return next(kernel for kernel, there in installed.items() if there)
+    if not installed[wanted]:
+        raise InputError(
+            f"model.attention: {wanted} needs "
+            + ("the package flash-attn" if able and wanted == "flash" else "a GPU and bfloat16" if not able else "torch 2.10")
+            + "; leave it out for the best that is there"
+        )
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """Where the sequences of a micro-batch of T tokens lie, and how they are laid side by side for attention."""
+    """Where the sequences of a micro-batch of T tokens lie, and what its kernel must know of them."""
 
     lengths: tuple[int, ...]
     """In packed order; they sum to T."""
-    buckets: tuple[tuple[int, int, Tensor], ...]
-    """(sequences n, longest L, rows [n · L] of the packed tokens; a padding place repeats some row of the batch)."""
-    restore_T: Tensor
-    """Where each packed token stands in the buckets laid end to end."""
+    attention: Attention
+    buckets: tuple[tuple[int, int, Tensor], ...] = ()
+    """sdpa: (sequences n, longest L, rows [n · L] of the packed tokens; a padding place repeats some row of the batch)."""
+    restore_T: Tensor | None = None
+    """sdpa: where each packed token stands in the buckets laid end to end."""
+    ends_N: Tensor | None = None
+    """flash, varlen: int32 [sequences + 1], where each sequence begins, and T."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> SequenceLayout:
+    def of(cls, lengths: Sequence[int], device: torch.device, attention: Attention = ALONE) -> SequenceLayout:
         """lengths: each at least 1."""
         starts = np.cumsum([0, *lengths])
+        if attention.kernel != "sdpa":
+            return cls(tuple(lengths), attention, ends_N=torch.from_numpy(starts.astype(np.int32)).to(device))
         restore_T = np.empty(starts[-1], dtype=np.int64)
         buckets, offset = [], 0
         for members in _buckets(lengths):
@@ -48,7 +91,7 @@ class SequenceLayout:
                 restore_T[starts[index] : starts[index + 1]] = offset + at * longest + tokens
             offset += rows.size
             buckets.append((len(members), longest, torch.from_numpy(rows.reshape(-1)).to(device)))
-        return cls(tuple(lengths), tuple(buckets), torch.from_numpy(restore_T).to(device))
+        return cls(tuple(lengths), attention, tuple(buckets), torch.from_numpy(restore_T).to(device))
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
@@ -62,6 +105,7 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -74,24 +118,53 @@ def packed_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, d], key and value [1, key-value heads, T, d] → ([1, T, heads, d], None)."""
+    """query [1, heads, t, d], key and value [1, key-value heads, t, d] → ([1, t, heads, d], None).
+
+    t: this rank's share of the layout's T tokens, all of them where the layout has no group.
+    """
     if attention_mask is not None:
         raise ValueError("packed attention takes no mask: the layout says which token sees which")
-    tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # [t, heads, d]
+    if (group := layout.attention.group) is not None:
+        tokens = group.by_heads(*tokens)
+    attended = KERNELS[layout.attention.kernel](*tokens, layout, scaling, dropout if module.training else 0.0)
+    if group is not None:
+        attended = group.by_tokens(attended)
+    return attended.unsqueeze(0), None
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float, dropout: float) -> Tensor:
     outputs = []
     for count, longest, rows in layout.buckets:
-        q, k, v = (tensor.index_select(0, rows).unflatten(0, (count, longest)).transpose(1, 2) for tensor in tokens)
+        q, k, v = (tensor.index_select(0, rows).unflatten(0, (count, longest)).transpose(1, 2) for tensor in (query, key, value))
         attended = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout if module.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.restore_T).unsqueeze(0), None
+    return torch.cat(outputs).index_select(0, layout.restore_T)
 
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float, dropout: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise ValueError("torch.nn.attention.varlen has no dropout; set model.attention to flash or sdpa")
+    longest, ends_N = max(layout.lengths), layout.ends_N
+    gqa = query.shape[1] != key.shape[1]
+    return varlen_attn(
+        query, key, value, ends_N, ends_N, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=gqa
+    )  # fmt: skip
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float, dropout: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    longest, ends_N = max(layout.lengths), layout.ends_N
+    return flash_attn_varlen_func(
+        query, key, value, ends_N, ends_N, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=True
+    )
+
+
+KERNELS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
 
 AttentionInterface.register(NAME, packed_attention)

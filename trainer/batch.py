@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rollout.types import Group
 from trainer.advantage import advantages
-from trainer.attention import SequenceLayout
+from trainer.attention import ALONE, Attention, SequenceLayout
 from trainer.config import StageConfig
 from trainer.packing import pack
 
@@ -53,7 +53,7 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Packed sequences on one rank. T tokens in all, R of them response tokens.
+    """Packed sequences on one rank, or its share of them. T tokens in all, R of them response tokens.
 
     `old_logprob_R` and `ref_logprob_R` (None without a KL term) are filled by scoring.
     """
@@ -72,7 +72,8 @@ class MicroBatch:
     old_logprob_R: Tensor | None = None
     ref_logprob_R: Tensor | None = None
     indices: tuple[int, ...] = field(default=())
-    """Which sequences of the mini-batch these are, in packed order; a sequence's R rows stand together."""
+    """Which sequences of the mini-batch these are, in packed order; a sequence's R rows stand together. All of them where
+    ranks share them."""
 
 
 def mini_batches(groups: Sequence[Group], stage: StageConfig, step: int) -> list[MiniBatch]:
@@ -103,33 +104,58 @@ def mini_batch(groups: Sequence[Group], stage: StageConfig, step: int, responses
 
 
 def micro_batches(
-    batch: MiniBatch, *, rank: int, ranks: int, budget: int, at_least: int, device: torch.device
+    batch: MiniBatch,
+    *,
+    rank: int,
+    ranks: int,
+    budget: int,
+    at_least: int,
+    device: torch.device,
+    attention: Attention = ALONE,
 ) -> list[MicroBatch]:
-    """This rank's share of `batch`, packed.
+    """This rank's share of `batch`, packed. budget: tokens of a micro-batch on one rank; ranks that share micro-batches
+    (attention.group) have so many times as many in one.
 
-    Every rank gets the same number of micro-batches; where sequences run out, one of a single prompt token that takes no part.
+    Every rank gets the same number of micro-batches; where sequences run out, one of prompt tokens that take no part.
     """
-    plan = pack([len(sequence) for sequence in batch.sequences], ranks=ranks, budget=budget, at_least=at_least)
-    return [collate([batch.sequences[index] for index in indices], device, tuple(indices)) for indices in plan[rank]]
+    together = attention.group.size if attention.group else 1
+    lengths = [len(sequence) for sequence in batch.sequences]
+    plan = pack(lengths, ranks=ranks // together, budget=budget * together, at_least=at_least)
+    return [
+        collate([batch.sequences[index] for index in indices], device, attention, tuple(indices))
+        for indices in plan[rank // together]
+    ]
 
 
-def collate(sequences: Sequence[TokenSequence], device: torch.device, indices: tuple[int, ...] = ()) -> MicroBatch:
-    """Sequences end to end; positions restart in each. The hidden state at position p predicts the token at p + 1."""
-    if not sequences:
-        nothing = np.zeros(0, dtype=np.float32)
-        sequences = [TokenSequence(np.zeros(1, dtype=np.int32), nothing.astype(np.int32), nothing, 0.0, 0.0)]
+def collate(
+    sequences: Sequence[TokenSequence],
+    device: torch.device,
+    attention: Attention = ALONE,
+    indices: tuple[int, ...] = (),
+) -> MicroBatch:
+    """Sequences end to end; positions restart in each. The hidden state at position p predicts the token at p + 1.
+
+    With attention.group, this rank's share of the tokens, filled up to a multiple of the ranks by tokens that take no part.
+    """
+    group = attention.group
+    fill = -sum(len(sequence) for sequence in sequences) % (group.size if group else 1)
+    if fill or not sequences:
+        sequences = [*sequences, _no_part(fill or (group.size if group else 1))]
     starts = np.cumsum([0] + [len(sequence) for sequence in sequences])
     rows = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for start, s in zip(starts[:-1], sequences, strict=True)]
     counts = [len(sequence.response) for sequence in sequences]
+    tokens = group.share(starts[-1]) if group else slice(0, starts[-1])
+    rows_R = np.concatenate(rows)
+    responses = slice(*np.searchsorted(rows_R, (tokens.start, tokens.stop)))  # rows_R rises
 
-    def tensor(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.concatenate(parts)).to(device=device, dtype=dtype)
+    def tensor(parts: list[np.ndarray], dtype: torch.dtype, share: slice = responses) -> Tensor:
+        return torch.as_tensor(np.concatenate(parts)[share]).to(device=device, dtype=dtype)
 
     return MicroBatch(
-        input_ids_T=tensor([part for s in sequences for part in (s.prompt, s.response)], torch.long),
-        position_ids_T=tensor([np.arange(len(sequence)) for sequence in sequences], torch.long),
-        layout=SequenceLayout.of([len(sequence) for sequence in sequences], device),
-        rows_R=tensor(rows, torch.long),
+        input_ids_T=tensor([part for s in sequences for part in (s.prompt, s.response)], torch.long, tokens),
+        position_ids_T=tensor([np.arange(len(sequence)) for sequence in sequences], torch.long, tokens),
+        layout=SequenceLayout.of([len(sequence) for sequence in sequences], device, attention),
+        rows_R=tensor([rows_R - tokens.start], torch.long),
         labels_R=tensor([sequence.response for sequence in sequences], torch.long),
         advantage_R=tensor([np.repeat([sequence.advantage for sequence in sequences], counts)], torch.float32),
         weight_R=tensor([np.repeat([sequence.weight for sequence in sequences], counts)], torch.float32),
@@ -137,3 +163,9 @@ def collate(sequences: Sequence[TokenSequence], device: torch.device, indices: t
         fresh_R=tensor([np.repeat([sequence.fresh for sequence in sequences], counts)], torch.bool),
         indices=indices,
     )
+
+
+def _no_part(tokens: int) -> TokenSequence:
+    """A sequence of nothing but prompt."""
+    nothing = np.zeros(0, dtype=np.float32)
+    return TokenSequence(np.zeros(tokens, dtype=np.int32), nothing.astype(np.int32), nothing, 0.0, 0.0)

@@ -30,9 +30,31 @@ class ModelConfig(Section):
     """Hugging Face folder: config.json, *.safetensors, tokenizer with a chat template. Qwen2, Qwen3 or Llama."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights and reductions are fp32 in any case. auto: bfloat16 on a GPU, float32 on CPU."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Of packed sequences (`trainer.attention`): flash-attn, torch.nn.attention.varlen, or SDPA over padded rows. auto: the
+    first of them that is there, on a GPU in bfloat16, else sdpa."""
     gradient_checkpointing: bool = False
+    """Each layer keeps its input alone for the backward and runs again then."""
+    saved_gib: float = Field(default=0.0, ge=0)
+    """gradient_checkpointing: memory of one rank for results that are dear to compute again: of attention first, then of matrix
+    multiplications, as many layers as it holds (`trainer.layers`)."""
+    offload_activations: bool = False
+    """gradient_checkpointing: the layers' inputs wait for the backward in the host's memory."""
+    compile: bool = False
+    """torch.compile of each layer, attention itself apart."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Master weights, which the optimizer changes. bfloat16: half the memory, each update rounded stochastically; with
+    optimizer.kind adamw8bit."""
     reference: Path | None = None
     """Reference policy of the KL term; None: `path` itself. Loaded only where objective.kl_coefficient > 0."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if not self.gradient_checkpointing and (self.saved_gib or self.offload_activations):
+            raise ValueError("saved_gib and offload_activations need gradient_checkpointing: true (else all is kept as it is)")
+        if self.compile and self.saved_gib:
+            raise ValueError("compile and saved_gib exclude each other: what a compiled layer computes cannot be kept singly")
+        return self
 
 
 class TemplateConfig(Section):
@@ -162,11 +184,6 @@ class StageConfig(Section):
             )
         if batch.groups % batch.mini_batches:
             raise ValueError(f"batch.groups {batch.groups} is not divisible by batch.mini_batches {batch.mini_batches}")
-        if self.actor.tokens_per_micro_batch < self.context:
-            raise ValueError(
-                f"actor.tokens_per_micro_batch {self.actor.tokens_per_micro_batch} is smaller than context {self.context}: "
-                "one sequence must fit; raise it"
-            )
         if batch.abort_surplus and not batch.dynamic:
             raise ValueError("batch.abort_surplus needs batch.dynamic: true (without it a step has no surplus)")
         if self.recovery.enabled and not batch.dynamic:
@@ -347,6 +364,24 @@ class ParallelConfig(Section):
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
     every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""
+    sequence_ranks: Positive = 1
+    """Ranks, neighbours on one host, that share each micro-batch's tokens (Ulysses, `trainer.sequence_parallel`): for contexts
+    whose activations do not fit one GPU. A micro-batch then has so many times actor.tokens_per_micro_batch."""
+
+
+class OptimizerConfig(Section):
+    """AdamW; its rates stand in `actor`."""
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: both states in 8 bits with a scale per 256 values (torchao), 2 bytes a parameter in place of 8."""
+    offload: bool = False
+    """adamw: its states stay in the host's memory and pass through the GPU one tensor at a time in each step. Same result."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> OptimizerConfig:
+        if self.offload and self.kind != "adamw":
+            raise ValueError("offload is for kind adamw; the states of adamw8bit are small: leave one of the two out")
+        return self
 
 
 class WarmupConfig(Section):
@@ -387,6 +422,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     mismatch: MismatchConfig = MismatchConfig()
     parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     warmup: WarmupConfig | None = None
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
 
@@ -414,6 +450,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
+        if self.model.weights == "bfloat16" and self.optimizer.kind != "adamw8bit":
+            raise ValueError("model.weights bfloat16 needs optimizer.kind: adamw8bit, which rounds its updates stochastically")
+        ranks = self.parallel.sequence_ranks
+        for index, stage in enumerate(self.stages):
+            if (tokens := stage.actor.tokens_per_micro_batch * ranks) < stage.context:
+                raise ValueError(
+                    f"stages[{index}]: actor.tokens_per_micro_batch {stage.actor.tokens_per_micro_batch}"
+                    + (f" on parallel.sequence_ranks {ranks}, so {tokens}," if ranks > 1 else "")
+                    + f" is smaller than context {stage.context}: one sequence must fit; raise it"
+                )
         if self.engine.kind == "transformers" and any(stage.batch.abort_surplus for stage in self.stages):
             raise ValueError("batch.abort_surplus needs an engine that streams: set engine.kind to vllm or vllm-server")
         for kind, names in (

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from trainer.policy import Policy
 
 
-def empty_causal_lm(path: Path, attention: str = PACKED_ATTENTION) -> nn.Module:
-    """The model of a folder that `rollout.model_folder.check_model_folder` accepts: fp32 parameters on the meta device, buffers
-    (rotary frequencies) as they are computed, on the CPU. Raises InputError for a model that cannot be trained."""
+def empty_causal_lm(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a folder that `rollout.model_folder.check_model_folder` accepts: parameters of `dtype` on the meta device,
+    buffers (rotary frequencies) as they are computed, on the CPU. Raises InputError for a model that cannot be trained."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
     model.tie_weights()
     check_causal_lm(model, path)
     return model
@@ -44,7 +44,7 @@ def empty_causal_lm(path: Path, attention: str = PACKED_ATTENTION) -> nn.Module:
 
 @torch.no_grad()
 def load_shards(policy: Policy, path: Path, device: torch.device) -> None:
-    """Gives a sharded policy its memory, on `device`, and its weights, in fp32. Every rank for itself; no collective.
+    """Gives a sharded policy its memory, on `device`, and its weights. Every rank for itself; no collective.
 
     Raises InputError for a weight that is missing, of another shape, or not the model's.
     """

@@ -8,6 +8,7 @@ just the time of the head's forward and backward. Tied weights stay with the emb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from rollout import model_folder
 from rollout.weights.source import TensorMeta
+from trainer.attention import ALONE, Attention, attention_kernel
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MicroBatch
+from trainer.config import RunConfig
+from trainer.layers import KEEP_ALL, LayerOptions, prepare_layers
 from trainer.loading import empty_causal_lm, load_shards
+from trainer.sequence_parallel import check_heads, sequence_group
 
 HeadFunction = Callable[[Tensor, Tensor], Any]
 """(hidden_RD, weight_VD) → whatever the caller wants computed while the weight is whole."""
@@ -39,10 +44,14 @@ class LossHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """`causal_lm` with its lm_head replaced by a `LossHead`. Parameter names are the model's own behind 'causal_lm.'."""
+    """`causal_lm` with its lm_head replaced by a `LossHead`. Parameter names are the model's own behind 'causal_lm.'.
 
-    def __init__(self, causal_lm: nn.Module) -> None:
+    attention: how the micro-batches it is fed are to be laid out (`trainer.batch.collate`).
+    """
+
+    def __init__(self, causal_lm: nn.Module, attention: Attention = ALONE) -> None:
         super().__init__()
+        self.attention = attention
         self.tied = causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight
         causal_lm.lm_head = LossHead(causal_lm.lm_head.weight)
         self.causal_lm = causal_lm
@@ -86,22 +95,58 @@ def load_causal_lm(path: Path, dtype: torch.dtype, attention: str = PACKED_ATTEN
     return model_folder.load_causal_lm(path, dtype, attention)
 
 
-def build_policy(
-    path: Path, *, mesh: DeviceMesh, precision: torch.dtype, gradient_checkpointing: bool = False, trainable: bool = True
-) -> Policy:
-    """A policy in shards, loaded into them (`trainer.loading`): fp32 master weights, `precision` in compute, fp32 reduction of
-    gradients.
+@dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """precision: in which is computed; gradients are reduced in fp32. weights: dtype of the master weights."""
 
-    Each decoder layer is one FSDP unit; an untied head is its own; embedding, last norm and a tied head form the root.
-    """
-    causal_lm = empty_causal_lm(path)
-    if gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(causal_lm).requires_grad_(trainable)
-    policy.train(trainable)
-    shard(policy, mesh, precision)
+    precision: torch.dtype
+    weights: torch.dtype = torch.float32
+    layers: LayerOptions = KEEP_ALL
+    attention: Attention = ALONE
+    trainable: bool = True
+
+
+def policy_options(config: RunConfig, precision: torch.dtype, device: torch.device) -> PolicyOptions:
+    """How a run's policy computes. A collective where ranks share sequences. Raises InputError where an attention kernel that is
+    asked for is not there, or the ranks cannot be grouped."""
+    model = config.model
+    kernel = attention_kernel(model.attention, device, precision)
+    layers = LayerOptions(
+        checkpointing=model.gradient_checkpointing,
+        saved_bytes=int(model.saved_gib * 2**30),
+        tokens=max(stage.actor.tokens_per_micro_batch for stage in config.stages),
+        offload=model.offload_activations,
+        compile=model.compile,
+    )
+    group = sequence_group(config.parallel.sequence_ranks, config.parallel.timeout_seconds)
+    return PolicyOptions(precision, getattr(torch, model.weights), layers, Attention(kernel, group))
+
+
+def build_policy(path: Path, mesh: DeviceMesh, options: PolicyOptions) -> Policy:
+    """A policy in shards, loaded into them (`trainer.loading`)."""
+    policy = empty_policy(path, mesh, options)
     load_shards(policy, path, mesh_device(mesh))
     return policy
+
+
+def empty_policy(path: Path, mesh: DeviceMesh, options: PolicyOptions) -> Policy:
+    """A policy in shards without memory, of a folder's config.json."""
+    return sharded(empty_causal_lm(path, options.weights), mesh, options)
+
+
+def sharded(causal_lm: nn.Module, mesh: DeviceMesh, options: PolicyOptions) -> Policy:
+    """A transformers model, on the meta device or with weights, as a policy in shards.
+
+    Each decoder layer is one FSDP unit; an untied head is its own; embedding, last norm and a tied head form the root. Raises
+    InputError where ranks cannot share its heads.
+    """
+    if options.attention.group is not None:
+        check_heads(options.attention.group.size, causal_lm.config.num_attention_heads, causal_lm.config.num_key_value_heads)
+    if options.trainable:
+        prepare_layers(causal_lm, options.layers, options.precision.itemsize)
+    policy = Policy(causal_lm, options.attention).requires_grad_(options.trainable)
+    policy.train(options.trainable)
+    return shard(policy, mesh, options.precision)
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from rollout.weights.sync import Score
+from trainer.attention import Attention
 from trainer.batch import TokenSequence, collate
 from trainer.policy import Policy
 
@@ -22,7 +23,7 @@ def policy_scorer(policy: Policy, device: torch.device) -> Score:
             TokenSequence(prompt, response, np.zeros(len(response), np.float32), advantage=0.0, weight=0.0)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        batch = collate(sequences, device)
+        batch = collate(sequences, device, Attention(policy.attention.kernel))
         logprob_R, _ = policy(batch, lambda hidden, weight: linear_logprob_entropy(hidden, weight, batch.labels_R))
         ends = np.cumsum([len(response) for response in responses])
         return np.split(logprob_R.float().cpu().numpy(), ends[:-1])

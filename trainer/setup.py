@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from trainer.actor import Actor
 from trainer.config import ModelConfig, RunConfig
 from trainer.engines import build_engine, build_probe, engine_hosts
 from trainer.lookahead import quiet_beside
-from trainer.policy import Policy, PolicyWeights, build_policy
+from trainer.policy import Policy, PolicyWeights, build_policy, policy_options
 from trainer.preflight import judge_settings
 from trainer.probe import policy_scorer
 from trainer.text import end_tokens, load_tokenizer, prompt_encoder
@@ -45,7 +45,11 @@ class Parts:
 
     def paths(self) -> dict[str, str]:
         """Which implementation of each exchangeable part runs; goes into every metrics row."""
-        return {"path/loss": loss_path(self.device.type), "path/engine": self.engine.name}
+        return {
+            "path/loss": loss_path(self.device.type),
+            "path/attention": self.actor.policy.attention.kernel,
+            "path/engine": self.engine.name,
+        }
 
     def judged(self) -> dict[str, int]:
         """What this rank's judge was asked since the last call, and what came of it; nothing without one."""
@@ -116,13 +120,11 @@ def build_judge(config: RunConfig, ranks: Ranks, note: Callable[[str], None]) ->
 
 def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device) -> Actor:
     """The sharded policy with its optimizer, and the frozen reference where a stage has a KL term."""
-    precision = precision_of(config.model, device)
+    options = policy_options(config, precision_of(config.model, device), device)
     reference: Policy | None = None
     if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
-        reference = build_policy(config.model.reference or config.model.path, mesh=mesh, precision=precision, trainable=False)
-    policy = build_policy(
-        config.model.path, mesh=mesh, precision=precision, gradient_checkpointing=config.model.gradient_checkpointing
-    )
+        reference = build_policy(config.model.reference or config.model.path, mesh, replace(options, trainable=False))
+    policy = build_policy(config.model.path, mesh, options)
     return Actor(policy, config.stages[0].actor, rank=ranks.rank, ranks=ranks.size, device=device, reference=reference)
 
 

@@ -62,7 +62,7 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
     from trainer.actor import Actor
     from trainer.batch import MiniBatch
     from trainer.distributed import process_group
-    from trainer.policy import build_policy
+    from trainer.policy import PolicyOptions, build_policy
     from trainer.setup import precision_of
     from trainer.text import end_tokens, load_tokenizer, prompt_encoder
 
@@ -80,7 +80,7 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
     with process_group(config.parallel.timeout_seconds, config.parallel.shard_ranks) as (ranks, mesh, device), (
         Console(settings.steps, [(0, "warm-up", settings.steps)]) if ranks.first else NullConsole()
     ) as console:  # fmt: skip
-        policy = build_policy(settings.base, mesh=mesh, precision=precision_of(config.model, device))
+        policy = build_policy(settings.base, mesh, PolicyOptions(precision_of(config.model, device)))
         actor = Actor(policy, actor_config, rank=ranks.rank, ranks=ranks.size, device=device)
         batches = batches_of(prompts, encode, settings, config.seed, console.note)
         with console.phase("warm-up", settings.steps, "steps") as bar:

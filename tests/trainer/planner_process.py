@@ -19,9 +19,9 @@ from transformers import Qwen2Config
 
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.config import ModelConfig, ObjectiveConfig, RunConfig
-from trainer.loading import empty_causal_lm
 from trainer.planner.memory import MemoryTracker
-from trainer.planner.trace import build, make_states, prepare, run_stage, trace
+from trainer.planner.trace import make_states, prepare, run_stage, trace, traced_options
+from trainer.policy import empty_policy
 
 TOKENS = 1024
 
@@ -40,7 +40,7 @@ def config_of(folder: Path, checkpointing: bool) -> RunConfig:
 
 def step(config: RunConfig) -> None:
     with one_rank() as mesh:
-        policy = build(empty_causal_lm(config.model.path), config.model.gradient_checkpointing, mesh, torch.float32)
+        policy = empty_policy(config.model.path, mesh, traced_options(config, torch.float32))
         with NoTracker() as tracker:
             actor, load = prepare(tracker, [policy], config, 1)
             with torch.no_grad():

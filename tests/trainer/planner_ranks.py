@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config import ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
-from trainer.loading import empty_causal_lm
 from trainer.planner.memory import WEIGHTS, MemoryTracker, Peak
-from trainer.planner.trace import build, make_states, prepare, run_stage
+from trainer.planner.trace import make_states, prepare, run_stage, traced_options
+from trainer.policy import empty_policy
 
 RANKS = 2
 
@@ -63,9 +63,10 @@ def measure(case: Case) -> dict[str, Peak]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESH_NAMES[-len(shape) :])
     with tempfile.TemporaryDirectory() as folder:
         causal_lm(tied=case.tied).config.save_pretrained(folder)
-        policies = [build(empty_causal_lm(Path(folder)), case.checkpointing, mesh, case.precision)]
+        options = traced_options(config, case.precision)
+        policies = [empty_policy(Path(folder), mesh, options)]
         if case.reference:
-            policies.append(build(empty_causal_lm(Path(folder)), False, mesh, case.precision, trainable=False))
+            policies.append(empty_policy(Path(folder), mesh, replace(options, trainable=False)))
     with MemoryTracker("cpu") as tracker:
         actor, load = prepare(tracker, policies, config, RANKS)
         with torch.no_grad(), tracker.counting_as(WEIGHTS):

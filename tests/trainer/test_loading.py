@@ -19,7 +19,7 @@ from rollout.errors import InputError
 from trainer import loading
 from trainer.distributed import mesh_shape
 from trainer.loading import empty_causal_lm
-from trainer.policy import build_policy, load_causal_lm
+from trainer.policy import PolicyOptions, build_policy, load_causal_lm
 
 MESHES = {2: (2,), 4: (2, 2)}
 
@@ -47,7 +47,7 @@ def on_ranks(rank: int, ranks: int, rendezvous: str, folder: str, output: str) -
             return piece
 
     loading._fill = lambda parameter, stored: fill(parameter, Counted(stored))
-    policy = build_policy(Path(folder), mesh=mesh, precision=torch.float32)
+    policy = build_policy(Path(folder), mesh, PolicyOptions(torch.float32))
     held = [parameter.to_local().numel() for parameter in policy.causal_lm.parameters()]
     weights = {name: weight.clone() for name, weight in policy.whole_weights()}
     torch.save({"read": sum(read), "held": sum(held), "weights": weights}, f"{output}-{rank}")
@@ -92,7 +92,7 @@ def test_it_computes_as_the_model_that_transformers_loads(tmp_path, tied):
     folder = save(tmp_path, tied=tied)
     expected = load_causal_lm(folder, torch.float32)
     with one_rank() as mesh:
-        policy = build_policy(folder, mesh=mesh, precision=torch.float32, trainable=False)
+        policy = build_policy(folder, mesh, PolicyOptions(torch.float32, trainable=False))
         assert dict(policy.whole_weights()).keys() == dict(expected.named_parameters()).keys()
         for (name, weight), (_, other) in zip(policy.whole_weights(), expected.named_parameters(), strict=True):
             assert torch.equal(weight, other), name
@@ -121,7 +121,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 def test_a_folder_that_does_not_fit_its_config_is_refused(tmp_path, change, message):
     folder = changed(save(tmp_path, tied=False), change)
     with one_rank() as mesh, pytest.raises(InputError, match=message):
-        build_policy(folder, mesh=mesh, precision=torch.float32)
+        build_policy(folder, mesh, PolicyOptions(torch.float32))
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):

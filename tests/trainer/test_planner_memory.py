@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels import head as kernel_head
 from kernels.linear_logprob_entropy import _forward as score_operation
 from kernels.linear_policy_loss import _loss as policy_loss_operation
-from trainer.loading import empty_causal_lm
 from trainer.planner import loss_head, trace
 from trainer.planner.loss_head import workspace_bytes
 from trainer.planner.memory import ACTIVATIONS, GATHERED, GRADIENTS, HEAD, OPTIMIZER, WEIGHTS, MemoryTracker
+from trainer.policy import PolicyOptions, empty_policy
 
 LAYERS, HIDDEN = 2, 24
 
@@ -78,7 +78,7 @@ def test_weights_states_and_gradients_by_hand(tmp_path, tied, ranks, shard_ranks
     elements = rows_on_rank_0(tied, shard_ranks or ranks)
     tensors = len(list(causal_lm(tied=tied).parameters()))
     with trace.fake_ranks(ranks, shard_ranks) as mesh:
-        policy = trace.build(empty_causal_lm(folder(tmp_path, tied=tied)), False, mesh, torch.float32)
+        policy = empty_policy(folder(tmp_path, tied=tied), mesh, PolicyOptions(torch.float32))
         with FakeTensorMode(allow_non_fake_inputs=True), trace.numbers_for_numpy(), MemoryTracker("cpu") as tracker:
             actor, load = trace.prepare(tracker, [policy], config, ranks)
             assert load.total == load.kinds[WEIGHTS] == 4 * elements

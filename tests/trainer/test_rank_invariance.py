@@ -1,5 +1,6 @@
-"""One batch on 1, 2 and 4 ranks and on 2 × 2 (two copies of the model, two shards each), in 1, 2 and 5 micro-batches: the same
-loss, gradients, statistics and updated weights.
+"""One batch on 1, 2 and 4 ranks and on 2 × 2 (two copies of the model, two shards each), in 1, 2, 5 and 12 micro-batches (one
+sequence at a time), with each way to keep activations, and with 2 and 4 ranks that share micro-batches: the same loss, gradients,
+statistics and updated weights.
 
 Why: a token's weight belongs to the mini-batch, and gradients are summed over ranks and micro-batches. A factor of the number of
 ranks, a mean taken on one rank, a dropped micro-batch or a rank without sequences would all train, and train something else.
@@ -24,6 +25,7 @@ from trainer.packing import pack
 RANKS = (1, 2, 4)
 LAYOUTS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
 """(ranks, of them to a copy of the model)."""
+PAIRS = [(case, layout) for case in CASES for layout in case.layouts]
 TOLERANCE = 1e-5
 
 
@@ -38,7 +40,7 @@ def launch(layout: str, folder: Path) -> dict:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, tiny_policy.__file__, str(folder / f"rendezvous-{layout}"), str(output), str(shards)]
+    command = [sys.executable, tiny_policy.__file__, str(folder / f"rendezvous-{layout}"), str(output), layout, str(shards)]
     processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}, cwd=root) for rank in range(ranks)]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0] * ranks
@@ -59,13 +61,12 @@ def results(tmp_path_factory) -> dict[str, dict]:
     torch.set_num_threads(1)
     try:
         with one_rank() as mesh:
-            return {"1": {repr(case): train(case, mesh) for case in CASES}, **several}
+            return {"1": {repr(case): train(case, mesh) for case in CASES if "1" in case.layouts}, **several}
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.micro_batches}-{case.gradient_checkpointing}")
+@pytest.mark.parametrize(("case", "layout"), PAIRS, ids=lambda value: getattr(value, "name", value))
 def test_invariance(results, case, layout):
     expected, got = results["1"][repr(Case(case.kind))], results[layout][repr(case)]
     assert len(expected) == len(got) == 2

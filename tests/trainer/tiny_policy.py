@@ -1,7 +1,7 @@
 """A policy small enough to train in a test, a step's batch for it, and the cases of test_rank_invariance.py.
 
-As a script it is one rank of several: RANK and WORLD_SIZE in the environment, `tiny_policy.py RENDEZVOUS OUTPUT SHARDS` on the
-command line. All cases run in one launch, because importing torch takes longer than any of them.
+As a script it is one rank of several: RANK and WORLD_SIZE in the environment, `tiny_policy.py RENDEZVOUS OUTPUT LAYOUT SHARDS` on
+the command line. All cases run in one launch, because importing torch takes longer than any of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,11 +24,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from kernels import reference as definitions
 from rollout.types import Group, Prompt, Sample, Verdict
 from trainer.actor import Actor
+from trainer.attention import ALONE, Attention
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MiniBatch, TokenSequence, mini_batches
 from trainer.config import ActorConfig, BatchConfig, DataConfig, ObjectiveConfig, PromptsFile, SamplingConfig, StageConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
-from trainer.policy import Policy, shard
+from trainer.layers import KEEP_ALL, LayerOptions
+from trainer.policy import Policy, PolicyOptions, sharded
+from trainer.sequence_parallel import sequence_group
 
 VOCABULARY = 61
 """A prime: no number of ranks divides it, so the shards are uneven."""
@@ -40,9 +43,24 @@ class Case:
 
     kind: str
     micro_batches: int = 1
-    gradient_checkpointing: bool = False
+    layers: LayerOptions = KEEP_ALL
+    sequence_ranks: int = 1
+    layouts: tuple[str, ...] = ("1", "2", "4", "2x2")
+
+    @property
+    def name(self) -> str:
+        mode = next(name for name, layers in LAYERS.items() if layers == self.layers)
+        return f"{self.kind}-{self.micro_batches}-{mode}" + (f"-over {self.sequence_ranks}" if self.sequence_ranks > 1 else "")
 
 
+LAYERS = {
+    "all": KEEP_ALL,
+    "checkpointed": LayerOptions(checkpointing=True),
+    "one layer's matmuls": LayerOptions(checkpointing=True, saved_bytes=2 * 11200 + 57600, tokens=100),
+    "matmuls": LayerOptions(checkpointing=True, saved_bytes=10**6, tokens=100),
+    "offloaded": LayerOptions(checkpointing=True, offload=True),
+}
+"""Of 100 tokens a layer's attention keeps 11,200 bytes and its matrix multiplications 57,600."""
 # Each target lies between the mean entropies of the first mini-batch's parts, and above those of the second mini-batch.
 OBJECTIVES = {
     "untied": ObjectiveConfig(
@@ -51,7 +69,15 @@ OBJECTIVES = {
     ),
     "tied": ObjectiveConfig(kl_coefficient=0.3, entropy_target=2.36, entropy_coefficient=0.2),
 }  # fmt: skip
-CASES = [Case(kind, micro) for kind in OBJECTIVES for micro in (1, 2, 5)] + [Case("untied", 2, gradient_checkpointing=True)]
+CASES = [
+    *(Case(kind, micro) for kind in OBJECTIVES for micro in (1, 2, 5)),
+    *(Case(kind, 12, layouts=("1",)) for kind in OBJECTIVES),  # one sequence at a time
+    *(Case("untied", 2, layers, layouts=("1", "2")) for layers in LAYERS.values() if layers != KEEP_ALL),
+    Case("untied", 1, sequence_ranks=2, layouts=("2", "2x2")),
+    Case("tied", 2, sequence_ranks=2, layouts=("2", "4")),
+    Case("untied", 2, sequence_ranks=4, layouts=("4",)),  # more than key-value heads
+    Case("tied", 1, LAYERS["matmuls"], sequence_ranks=2, layouts=("2",)),
+]
 
 
 def causal_lm(*, tied: bool, attention: str = PACKED_ATTENTION) -> Qwen2ForCausalLM:
@@ -119,16 +145,14 @@ def build_actor(
     *,
     tied: bool = False,
     precision: torch.dtype = torch.float32,
-    checkpointing: bool = False,
+    layers: LayerOptions = KEEP_ALL,
+    attention: Attention = ALONE,
 ) -> Actor:
     """An actor with its own random policy, always the same, and where there is a KL term one near it as its reference."""
-    model = causal_lm(tied=tied)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(Policy(model).train(), mesh, precision)
-    reference = None
+    options = PolicyOptions(precision, layers=layers, attention=attention)
+    policy, reference = sharded(causal_lm(tied=tied), mesh, options), None
     if config.objective.kl_coefficient > 0:
-        reference = shard(Policy(reference_lm(tied=tied)).requires_grad_(False).eval(), mesh, precision)
+        reference = sharded(reference_lm(tied=tied), mesh, replace(options, trainable=False))
     rank, ranks = mesh.get_rank(), mesh.size()
     return Actor(policy, config.actor, rank=rank, ranks=ranks, device=torch.device("cpu"), reference=reference)
 
@@ -199,7 +223,8 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
 def train(case: Case, mesh: DeviceMesh) -> list[dict]:
     """Two mini-batches of one batch. For each: its scores, sums, unclipped gradients, update, and the weights after it."""
     config = stage(OBJECTIVES[case.kind], micro=case.micro_batches)
-    actor = build_actor(mesh, config, tied=case.kind == "tied", checkpointing=case.gradient_checkpointing)
+    attention = Attention(group=sequence_group(case.sequence_ranks, 120))
+    actor = build_actor(mesh, config, tied=case.kind == "tied", layers=case.layers, attention=attention)
     scored = actor.score(batches(config), config)
     shift_old(scored)
     results = []
@@ -214,7 +239,7 @@ def train(case: Case, mesh: DeviceMesh) -> list[dict]:
     return results
 
 
-def main(rendezvous: str, output: str, shards: str) -> None:
+def main(rendezvous: str, output: str, layout: str, shards: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -222,7 +247,7 @@ def main(rendezvous: str, output: str, shards: str) -> None:
     )
     shape = mesh_shape(ranks, int(shards))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESH_NAMES[-len(shape) :])
-    results = {case: train(case, mesh) for case in CASES}
+    results = {case: train(case, mesh) for case in CASES if layout in case.layouts}
     if rank == 0:
         torch.save({repr(case): result for case, result in results.items()}, output)
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -29,9 +29,9 @@ from trainer.attention import MIN_FILL
 from trainer.batch import MiniBatch, TokenSequence
 from trainer.config import RunConfig, StageConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
-from trainer.loading import allocate, empty_causal_lm
+from trainer.loading import allocate
 from trainer.planner.memory import OPTIMIZER, WEIGHTS, MemoryTracker, Peak
-from trainer.policy import Policy, PolicyWeights, shard
+from trainer.policy import Policy, PolicyOptions, PolicyWeights, empty_policy, policy_options
 
 MICRO_BATCHES = 2
 """Traced a mini-batch: the second adds to the gradients of the first, and more than that change nothing."""
@@ -80,10 +80,10 @@ def trace(
     """The stages of these indices, on rank 0, whose shards are the largest. folder: holds the model's config.json; no weights are
     read. device_type: where the run will be."""
     with fake_ranks(ranks, config.parallel.shard_ranks) as mesh:
-        empty = lambda: empty_causal_lm(folder)  # noqa: E731
-        policies = [build(empty(), config.model.gradient_checkpointing, mesh, precision)]
+        options = traced_options(config, precision)
+        policies = [empty_policy(folder, mesh, options)]
         if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
-            policies.append(build(empty(), False, mesh, precision, trainable=False))
+            policies.append(empty_policy(folder, mesh, replace(options, trainable=False)))
         with FakeTensorMode(allow_non_fake_inputs=True), numbers_for_numpy(), MemoryTracker(device_type) as tracker:
             actor, load = prepare(tracker, policies, config, ranks)
             make_states(tracker, actor)
@@ -91,15 +91,10 @@ def trace(
         return Traced(traced, PolicyWeights(policies[0]).metadata())
 
 
-def build(
-    causal_lm: torch.nn.Module, checkpointing: bool, mesh: DeviceMesh, precision: torch.dtype, trainable: bool = True
-) -> Policy:
-    """As `trainer.policy.build_policy` without its weights."""
-    if checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(causal_lm).requires_grad_(trainable)
-    policy.train(trainable)
-    return shard(policy, mesh, precision)
+def traced_options(config: RunConfig, precision: torch.dtype) -> PolicyOptions:
+    """The run's, with what runs on fake tensors: attention by SDPA, no compiler."""
+    model = config.model.model_copy(update={"attention": "sdpa", "compile": False})
+    return policy_options(config.model_copy(update={"model": model}), precision, torch.device("cpu"))
 
 
 def prepare(tracker: MemoryTracker, policies: list[Policy], config: RunConfig, ranks: int) -> tuple[Actor, Peak]:
@@ -127,7 +122,8 @@ def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: i
             "actor": stage.actor.model_copy(update={"micro_batches": None}),
         }
     )
-    batch = fullest(stage, ranks)
+    group = actor.policy.attention.group
+    batch = fullest(stage, ranks, group.size if group else 1)
     peaks = {"load": load}
     with tracker.phase() as peak:
         [scored] = actor.score([batch], stage)
@@ -149,15 +145,16 @@ def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: i
     return StageTrace(stage, tokens, {phase: peaks[phase] for phase in PHASES})
 
 
-def fullest(stage: StageConfig, ranks: int) -> MiniBatch:
+def fullest(stage: StageConfig, ranks: int, together: int = 1) -> MiniBatch:
     """A mini-batch that costs the most memory its stage allows: every micro-batch full, all but a token of it response (the head
-    works on response tokens), and lengths that differ so that attention pads as much as it may."""
-    longest, budget = stage.context, stage.actor.tokens_per_micro_batch
+    works on response tokens), and lengths that differ so that attention pads as much as it may. together: ranks that share
+    one."""
+    longest, budget = stage.context, stage.actor.tokens_per_micro_batch * together
     others = math.ceil(MIN_FILL * longest)
     count, rest = divmod(budget - longest, others)
     lengths = [longest] + [others] * count + ([rest] if rest >= 2 else [])
     total = stage.batch.groups * stage.batch.group_size // stage.batch.mini_batches
-    every = [length for length in lengths for _ in range(MICRO_BATCHES * ranks)][:total]
+    every = [length for length in lengths for _ in range(MICRO_BATCHES * ranks // together)][:total]
     return MiniBatch(tuple(sequence(length) for length in every))
 
 
