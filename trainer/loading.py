@@ -9,7 +9,6 @@ What a rank holds beyond its shards is one slice of one tensor at a time.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +49,12 @@ def load_shards(policy: Policy, path: Path, device: torch.device) -> None:
     """
     allocate(policy, device)
     parameters = dict(policy.causal_lm.named_parameters())
-    with ExitStack() as stack:
-        folder = FolderWeights(path)
-        check_weights(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, path)
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.files.values())}
-        for name, parameter in parameters.items():
-            _fill(parameter, opened[folder.files[name]].get_slice(name))
+    folder = FolderWeights(path)
+    check_weights(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, path)
+    for name, parameter in parameters.items():
+        # Opened anew for each: what a process has read of a file stays mapped, and counts as its memory, until it closes it.
+        with safe_open(folder.files[name], framework="pt") as file:
+            _fill(parameter, file.get_slice(name))
 
 
 def allocate(policy: Policy, device: torch.device) -> None:
