@@ -134,8 +134,7 @@ class ActivationOffload:
         place = _Offloaded(len(self._saved), tensor.device)
         self._saved.append(ref(place))
         with self._on(0, tensor.device, after_current=True):
-            place.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            place.host.copy_(tensor, non_blocking=True)
+            place.host = to_host(tensor)
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream())
                 place.ready = torch.cuda.current_stream().record_event()
@@ -160,7 +159,7 @@ class ActivationOffload:
             with self._on(1, place.device):
                 if place.ready is not None:
                     torch.cuda.current_stream().wait_event(place.ready)
-                place.back = place.host.to(place.device, non_blocking=True)
+                place.back = place.host.to(place.device, non_blocking=True, copy=True)
                 if place.device.type == "cuda":
                     place.fetched = torch.cuda.current_stream().record_event()
         return place.back
@@ -176,6 +175,12 @@ class ActivationOffload:
             self._streams[stream].wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._streams[stream]):
             yield
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; of a GPU's tensor begun, on the current stream."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -1,7 +1,6 @@
 """The invariants that `trainer.packing` states, over lengths that hypothesis makes up, and how full and even its plans are over
 lengths of real outputs."""
 
-import math
 import os
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.reward_traces import parts, qwen_tokenizer
+from benchmarks.packing import KINDS, Filling, drawn, real_lengths
 from trainer.packing import ATTENTION_TOKENS, pack
 
 LENGTHS = st.lists(st.integers(1, 400), max_size=60)
 CONTEXT = 16384
 DATA = Path(__file__).parents[2] / os.environ.get("KEJU_TEST_DATA", "../shared/data")
-KINDS = ("traces", "long traces", "uniform to 16K")
 
 
 def cost(indices, lengths) -> float:
@@ -68,38 +66,36 @@ def test_a_sequence_that_fits_nowhere_is_refused():
 
 
 @pytest.fixture(scope="module")
-def real_lengths(tmp_path_factory) -> np.ndarray:
-    """Tokens of every recorded output of a reasoning model, without its prompt, at most CONTEXT."""
+def real() -> np.ndarray:
     if not (DATA / "traces_skythought").is_dir():
         pytest.skip(f"no test data at {DATA} (set KEJU_TEST_DATA)")
-    tokenizer = qwen_tokenizer(DATA, tmp_path_factory.mktemp("tokenizer"))
-    encoded = tokenizer([part.text for part in parts(DATA)], add_special_tokens=False)["input_ids"]
-    return np.asarray([min(len(ids), CONTEXT) for ids in encoded if ids])
+    return real_lengths(DATA, CONTEXT)
 
 
 @pytest.mark.parametrize(
     ("kind", "ranks"), [(kind, ranks) for kind in KINDS for ranks in (2, 8, 32) if (kind, ranks) != ("traces", 32)]
 )
-def test_a_step_fills_its_budget_and_its_ranks_evenly(real_lengths, kind, ranks):
+def test_a_step_fills_its_budget_and_its_ranks_evenly(real, kind, ranks):
     """256 groups of 16 outputs: at least 97 % of the micro-batches' tokens are used, or one micro-batch less would not hold them.
     The dearest rank costs less than 5 % more than the mean, and so do the dearest of all rounds together, for whom the rest wait.
 
     Not "traces" on 32 ranks: two micro-batches each, half of them tiny outputs and a dozen of 16K, which no plan evens out.
     """
-    generator = np.random.default_rng(5)
-    choice = {
-        "traces": real_lengths,
-        "long traces": real_lengths[real_lengths >= 1000],
-        "uniform to 16K": np.arange(200, CONTEXT + 1),
-    }
-    lengths = generator.choice(choice[kind], 256 * 16).tolist()
+    lengths = drawn(kind, real, CONTEXT)
     plan = pack(lengths, ranks=ranks, budget=CONTEXT)
     assert sorted(index for rank_bins in plan for indices in rank_bins for index in indices) == list(range(len(lengths)))
-    micro_batches = len(plan[0])
-    used = sum(lengths) / (micro_batches * ranks * CONTEXT)
-    assert used >= 0.97 or micro_batches == math.ceil(sum(lengths) / (ranks * CONTEXT))
-    if ranks == 8:
-        assert used >= 0.97
-    costs = np.array([[cost(indices, lengths) for indices in rank_bins] for rank_bins in plan])
-    assert costs.sum(1).max() < 1.05 * costs.sum(1).mean()
-    assert costs.max(0).sum() < 1.05 * costs.sum(1).mean()
+    filling = Filling.of(plan, lengths, CONTEXT)
+    assert filling.used >= 0.97 or filling.micro_batches == filling.fewest
+    assert filling.used >= 0.97 or ranks != 8
+    assert filling.ranks < 0.05
+    assert filling.lockstep < 0.05
+
+
+def test_filling_by_hand():
+    # Two ranks, two micro-batches of at most 10 tokens: 6 | 8 and 4 + 2 | nothing. n costs n · (1 + n / 32768).
+    cost_of = {n: n * (1 + n / 32768) for n in (8, 6, 4, 2)}
+    filling = Filling.of([[[0], [1]], [[2, 3], []]], [6, 8, 4, 2], 10)
+    mean = sum(cost_of.values()) / 2
+    assert (filling.micro_batches, filling.fewest, filling.used) == (2, 1, 20 / 40)
+    assert filling.ranks == pytest.approx((cost_of[6] + cost_of[8]) / mean - 1)
+    assert filling.lockstep == pytest.approx((max(cost_of[6], cost_of[4] + cost_of[2]) + cost_of[8]) / mean - 1)
