@@ -4,13 +4,19 @@ It shows that no document sees another, and that padding inside a bucket changes
 that one causal attention is right: that is transformers' own.
 """
 
+import itertools
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from trainer.attention import MIN_FILL, NAME, SequenceLayout, packed_attention
+from rollout.errors import InputError
+from trainer.attention import MIN_FILL, NAME, Attention, SequenceLayout, attention_kernel, packed_attention
 
 CPU = torch.device("cpu")
 LENGTHS = {
@@ -100,3 +106,73 @@ def test_layout(lengths):
             length = starts[line[0]]
             assert line[:length] == list(range(line[0], line[0] + length))
             assert length >= MIN_FILL * longest
+
+
+def per_sequence(query, key, value, ends, scale):
+    """[T, heads, d] → the same, one sequence at a time."""
+    outputs = []
+    for start, end in itertools.pairwise(ends.tolist()):
+        q, k, v = (tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+class TestGpuKernels:
+    """What is handed to the kernels that need a GPU: in their place stands a function of the same signature and meaning."""
+
+    LENGTHS = (5, 1, 9)
+
+    def tensors(self):
+        generator = torch.Generator().manual_seed(3)
+        return [torch.randn(1, heads, 15, 8, generator=generator) for heads in (4, 2, 2)]
+
+    def attended(self, kernel: str) -> torch.Tensor:
+        layout = SequenceLayout.of(self.LENGTHS, CPU, Attention(kernel))
+        return packed_attention(torch.nn.Identity(), *self.tensors(), None, scaling=0.3, layout=layout)[0]
+
+    def test_varlen(self, monkeypatch):
+        def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+            assert window_size == (-1, 0)
+            assert enable_gqa
+            assert (max_q, max_k) == (9, 9)
+            assert cu_seq_q.dtype == torch.int32
+            assert cu_seq_q is cu_seq_k
+            return per_sequence(query, key, value, cu_seq_q, scale)
+
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+        assert torch.allclose(self.attended("varlen"), self.attended("sdpa"), atol=1e-6)
+
+    def test_flash(self, monkeypatch):
+        def flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.5, softmax_scale=None, causal=False
+        ):
+            assert causal
+            assert dropout_p == 0.0
+            assert (max_seqlen_q, max_seqlen_k) == (9, 9)
+            assert cu_seqlens_q is cu_seqlens_k
+            return per_sequence(q, k, v, cu_seqlens_q, softmax_scale)
+
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+        assert torch.allclose(self.attended("flash"), self.attended("sdpa"), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("device", "dtype", "packages", "expected"),
+        [
+            ("cpu", torch.bfloat16, ("flash_attn", "torch.nn.attention.varlen"), "sdpa"),
+            ("cuda", torch.float32, ("flash_attn", "torch.nn.attention.varlen"), "sdpa"),
+            ("cuda", torch.bfloat16, ("flash_attn", "torch.nn.attention.varlen"), "flash"),
+            ("cuda", torch.bfloat16, ("torch.nn.attention.varlen",), "varlen"),
+            ("cuda", torch.bfloat16, (), "sdpa"),
+        ],
+    )
+    def test_the_best_that_is_there(self, monkeypatch, device, dtype, packages, expected):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in packages else None)
+        assert attention_kernel("auto", torch.device(device), dtype) == expected
+        for kernel, package in (("flash", "flash_attn"), ("varlen", "torch.nn.attention.varlen")):
+            if device == "cuda" and dtype == torch.bfloat16 and package in packages:
+                assert attention_kernel(kernel, torch.device(device), dtype) == kernel
+            else:
+                with pytest.raises(InputError, match=f"model.attention: {kernel} needs"):
+                    attention_kernel(kernel, torch.device(device), dtype)
+        assert attention_kernel("sdpa", torch.device(device), dtype) == "sdpa"

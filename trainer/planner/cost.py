@@ -10,9 +10,9 @@
     rollout                 outputs / b times as many decoding steps as a response has tokens, b sequences at once on an engine;
                             a step reads the weights and b caches: bytes / (--bandwidth · READ_SHARE), or it does 2 · P · b
                             operations where those take longer
-    sync, checkpoint        fp32 weights gathered over --link; 12 bytes a parameter over --disk, every checkpoint.every steps
+    sync, checkpoint        weights gathered over --link; weights and moments over --disk, every checkpoint.every steps
 
-All responses are taken as equally long. Not counted: the wait for the longest, verification, evaluation, start, faults.
+All responses are taken as equally long. What model.saved_gib spares of the recomputation is not subtracted. Not counted: the wait for the longest, verification, evaluation, start, faults.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class StepCost:
         return sum(self.seconds.values())
 
 
+def state_bytes(config: RunConfig) -> tuple[float, float]:
+    """Of a master weight, and of its optimizer's moments (`trainer.optimizer`), in matrices whose rows 256 divides."""
+    return 2 if config.model.weights == "bfloat16" else 4, 2 + 8 / 256 if config.optimizer.kind == "adamw8bit" else 8
+
+
 def forward_flops(sizes: Sizes, lengths: int, count: int) -> float:
     """`count` sequences of `lengths` tokens through the layers."""
     return count * (2 * sizes.body * lengths + 2 * sizes.layers * sizes.attention_width * lengths**2)
@@ -104,8 +109,9 @@ def step_cost(
     rate = gpus * ceilings.flops * ceilings.utilisation
     rollout, at_once = _decode(config, sizes, gpus, cache_tokens, sampled, length, response, ceilings, itemsize)
     seconds = {"rollout": rollout} | {phase: count / rate for phase, count in flops.items()}
-    seconds["sync"] = 4 * sizes.parameters * (gpus - 1) / gpus / ceilings.link
-    seconds["checkpoint"] = 12 * sizes.parameters / ceilings.disk / config.checkpoint.every
+    weights, moments = state_bytes(config)
+    seconds["sync"] = weights * sizes.parameters * (gpus - 1) / gpus / ceilings.link
+    seconds["checkpoint"] = (weights + moments) * sizes.parameters / ceilings.disk / config.checkpoint.every
     return StepCost(
         index, outputs * length, sampled * response, flops, 3 * (forward + head), seconds, at_once
     )  # fmt: skip
