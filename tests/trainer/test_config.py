@@ -125,11 +125,26 @@ def test_no_stages(write):
         ),
         ("batch.abort_surplus=true", "stages[0]: batch.abort_surplus needs batch.dynamic: true"),
         ("stages[1].batch.abort_surplus=true", "batch.abort_surplus needs an engine that streams"),
+        ("model.saved_gib=1", "model: saved_gib and offload_activations need gradient_checkpointing: true"),
+        ("model.offload_activations=true", "model: saved_gib and offload_activations need gradient_checkpointing: true"),
+        (
+            "model={path: m, gradient_checkpointing: true, saved_gib: 1, compile: true}",
+            "model: compile and saved_gib exclude each other",
+        ),
     ],
 )
 def test_impossible_combinations(write, override, expected):
     path = write(MINIMAL)
     assert refusal(path, override).startswith(f"{path}: {expected}")
+
+
+def test_a_sequence_may_be_shared(write):
+    """By two ranks, 128 tokens fit twice 64 and not twice 63."""
+    path, shared = write(MINIMAL), "parallel.sequence_ranks=2"
+    load_config(path, [shared, "actor.tokens_per_micro_batch=64"])
+    assert refusal(path, shared, "actor.tokens_per_micro_batch=63").startswith(
+        f"{path}: stages[1]: actor.tokens_per_micro_batch 63 on parallel.sequence_ranks 2, so 126, is smaller than context 128"
+    )
 
 
 SERVERS = "engine={kind: vllm-server, servers: ['http://gpu7:8000', 'http://127.0.0.1:8001'], sync_host: 10.0.0.1}"
