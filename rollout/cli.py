@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rollout.errors import EngineError, InputError
 
@@ -29,6 +29,19 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def number(name: str, read: Callable[[str], Any], good: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type; name: what it calls it in "invalid … value"."""
+
+    def parse(text: str) -> Any:
+        value = read(text)
+        if not good(value):
+            raise ValueError
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
 class Parser(argparse.ArgumentParser):

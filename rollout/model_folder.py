@@ -52,6 +52,12 @@ def read_config(path: Path, mend: str) -> dict[str, Any]:
     return config
 
 
+def is_quantized(path: Path) -> bool:
+    """Whether a model folder's weights are stored quantized, for an engine that loads them as they are (`trainer.export --format
+    fp8` writes such a folder). Its config.json can be read."""
+    return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+
+
 def longest_context(config: dict[str, Any]) -> int | None:
     """Tokens that a model's positions reach, from its config.json: scaled rotary frequencies (YaRN and the like) reach further
     than those it was first trained on. None where it does not say."""

@@ -18,17 +18,19 @@ import numpy as np
 
 from curation import errors as curation_errors
 from curation.fields import FieldMap, by_user
-from rollout.cli import Parser
+from rollout.cli import Parser, number
 from rollout.environment import RunLock, check_packages, provenance, version_of
 from rollout.errors import EngineError, InputError
 from rollout.evaluate.benchmarks import KNOWN, Benchmark, load, parse_names
 from rollout.evaluate.record import RESULTS, TABLE, Record, write_text
 from rollout.evaluate.template import Template, read_template
-from rollout.model_folder import check_model_folder, end_tokens, fingerprint, load_tokenizer, longest_context
+from rollout.model_folder import check_model_folder, end_tokens, fingerprint, is_quantized, load_tokenizer, longest_context
 from rollout.template import encode_prompt
 
 if TYPE_CHECKING:
-    from rollout.engine import Decoding
+    from rollout.engine import Decoding, Engine
+    from rollout.evaluate.progress import Show
+    from rollout.weights.sync import WeightSync
 
 RULE = "math-verify"
 PATIENCE_SECONDS = 86400.0
@@ -87,6 +89,7 @@ def checked(options: argparse.Namespace) -> Asked:
     check_packages()
     check_options(options)
     check_model_folder(options.model)
+    check_quantized(options)
     names = parse_names(options.benchmarks)
     fields = map_of(options.map)
     if fields is not None and names.keys() <= KNOWN.keys():
@@ -105,9 +108,12 @@ def checked(options: argparse.Namespace) -> Asked:
         for each in benchmarks
     }
     from rollout.engine import Decoding
-    from rollout.weights.folder import FolderWeights
+    from rollout.weights.folder import FolderWeights, check_safetensors
 
-    FolderWeights(options.model)  # a damaged file shows here
+    if is_quantized(options.model):
+        check_safetensors(options.model)
+    else:
+        FolderWeights(options.model)  # a damaged file shows here
     decoding = Decoding(options.max_new_tokens, options.temperature, options.top_p, options.greedy)
     asked = Asked(options, benchmarks, template, tokenizer, end_tokens(options.model, tokenizer), encoded, decoding)
     check_positions(asked)
@@ -126,6 +132,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--tensor-parallel: belongs to --engine vllm, and the engine is {options.engine}; leave it out")
     if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vLLM is not installed; run make setup, or take --engine transformers")
+
+
+def check_quantized(options: argparse.Namespace) -> None:
+    """Raises InputError where the folder's weights are quantized and the engine cannot load them as they are."""
+    if is_quantized(options.model) and options.engine != "vllm":
+        raise InputError(
+            f"--engine {options.engine}: {options.model} holds quantized weights, which vLLM alone loads as they are; give "
+            "--engine vllm"
+        )
 
 
 def check_positions(asked: Asked) -> None:
@@ -193,34 +208,43 @@ def missing(asked: Asked, record: Record) -> int:
 
 def run(asked: Asked, record: Record) -> None:
     """Samples and grades what is missing. Raises EngineError where the engine is lost for good."""
-    from rollout.evaluate import engines
     from rollout.evaluate.progress import Show
+
+    with Show(asked.options.quiet) as show:
+        engine, sync = engine_of(asked, show.note)
+        with closing(engine):
+            run_on(engine, sync, asked, record, show)
+
+
+def engine_of(asked: Asked, note: Callable[[str], None], *, beyond: int = 0) -> tuple[Engine, WeightSync]:
+    """Without weights; `run_on` pushes them. beyond: tokens that it takes beside the longest prompt and its response."""
+    from rollout.evaluate import engines
+
+    options = asked.options
+    wanted, tokens = engines.engine_options(options), asked.max_tokens + beyond
+    return engines.build(wanted, options.model, tokens, asked.end_token_ids, asked.folder / "vllm.log", note)
+
+
+def run_on(engine: Engine, sync: WeightSync, asked: Asked, record: Record, show: Show) -> None:
+    """As `run`, on an engine that the caller closes; it has the folder's weights afterwards."""
     from rollout.evaluate.runner import Parts, sample
     from rollout.reward.rule import RuleVerifier
 
     options = asked.options
-    with (
-        Show(options.quiet) as show,
-        RuleVerifier(RULE, options.workers, options.timeout, batch_seconds=PATIENCE_SECONDS) as rule,
-    ):
-        log, wanted = asked.folder / "vllm.log", engines.engine_options(options)
-        engine, sync = engines.build(wanted, options.model, asked.max_tokens, asked.end_token_ids, log, show.note)
-        with closing(engine):
-            parts = Parts(
-                engine, sync, grader(asked, rule), record, asked.encoded, asked.decoding, options.seed, options.tokens_per_batch
-            )
-            try:
-                sync.push(VERSION)
-                for each in asked.benchmarks:
-                    total, kept = len(each.prompts) * each.k, len(record.outcomes(each.name))
-                    if kept < total:
-                        show.begin(each.title, kept, total)
-                        sample(each, parts, show.sampled, show.finished)
-            except EngineError as error:
-                kept, total = (sum(numbers) for numbers in zip(*counts(asked, record), strict=True))
-                raise EngineError(
-                    f"{error}; {kept} of {total} outputs are kept: the same command continues from there"
-                ) from error
+    with RuleVerifier(RULE, options.workers, options.timeout, batch_seconds=PATIENCE_SECONDS) as rule:
+        parts = Parts(
+            engine, sync, grader(asked, rule), record, asked.encoded, asked.decoding, options.seed, options.tokens_per_batch
+        )
+        try:
+            sync.push(VERSION)
+            for each in asked.benchmarks:
+                total, kept = len(each.prompts) * each.k, len(record.outcomes(each.name))
+                if kept < total:
+                    show.begin(each.title, kept, total)
+                    sample(each, parts, show.sampled, show.finished)
+        except EngineError as error:
+            kept, total = (sum(numbers) for numbers in zip(*counts(asked, record), strict=True))
+            raise EngineError(f"{error}; {kept} of {total} outputs are kept: the same command continues from there") from error
 
 
 def counts(asked: Asked, record: Record) -> list[tuple[int, int]]:
@@ -312,21 +336,8 @@ def parser() -> Parser:
     return commands
 
 
-def _number(name: str, read: Callable[[str], Any], good: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type; name: what it calls it in "invalid … value"."""
-
-    def parse(text: str) -> Any:
-        value = read(text)
-        if not good(value):
-            raise ValueError
-        return value
-
-    parse.__name__ = name
-    return parse
-
-
-_count = _number("count", int, lambda value: value >= 1)
-_seed = _number("seed", int, lambda value: 0 <= value < 2**31)
-_positive = _number("positive number", float, lambda value: 0 < value < math.inf)
-_share = _number("share", float, lambda value: 0 < value <= 1)
-_k = _number("k", lambda text: None if text == "auto" else int(text), lambda value: value is None or value >= 1)
+_count = number("count", int, lambda value: value >= 1)
+_seed = number("seed", int, lambda value: 0 <= value < 2**31)
+_positive = number("positive number", float, lambda value: 0 < value < math.inf)
+_share = number("share", float, lambda value: 0 < value <= 1)
+_k = number("k", lambda text: None if text == "auto" else int(text), lambda value: value is None or value >= 1)

@@ -1,4 +1,5 @@
-"""Builds the engine of an evaluation, and the one that keeps its weights: the folder's own, pushed as a run's are."""
+"""Builds the engine of an evaluation, and the one that keeps its weights: the folder's own, pushed as a run's are, or, where they
+are quantized, loaded by vLLM as they are."""
 
 from __future__ import annotations
 
@@ -6,23 +7,24 @@ import argparse
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rollout.engine import Engine
-from rollout.model_folder import load_causal_lm
+from rollout.model_folder import is_quantized, load_causal_lm
 from rollout.ranks import Ranks
 from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
-from rollout.vllm.engine import Deadlines, VllmEngine
+from rollout.vllm.engine import Deadlines, StoredVllmEngine, VllmEngine
 from rollout.vllm.server_engine import ServerEngine
 from rollout.vllm.settings import VllmSettings, kv_cache_bytes
 from rollout.weights.broadcast import Broadcast
 from rollout.weights.folder import FolderWeights
 from rollout.weights.push import Sender
+from rollout.weights.source import TensorMeta, WeightSource
 from rollout.weights.sync import WeightSync
 from rollout.weights.transport import CudaIpc, SharedMemory, Transport
 
@@ -83,7 +85,7 @@ def build(
     """Returns before the engine is ready; `WeightSync.push` waits for it. max_tokens: of prompt and response together. log: where
     a vLLM's output goes. note: told what a person should see."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    weights = FolderWeights(model, device)
+    weights: WeightSource = Nothing() if is_quantized(model) else FolderWeights(model, device)
     dtype = dtype_of(options)
     if options.kind == "vllm":
         engine: Engine = _colocated(options, model, max_tokens, end_token_ids, log, device, dtype)
@@ -95,6 +97,16 @@ def build(
         policy = load_causal_lm(model, dtype, attention="sdpa").to(device)
         engine = TransformersEngine(policy, end_token_ids=end_token_ids, tokens_per_batch=options.tokens_per_batch)
     return engine, WeightSync(engine, weights, Ranks(), seconds=options.sync_seconds, note=note)
+
+
+class Nothing:
+    """`rollout.weights.source.WeightSource` of an engine that has its weights already."""
+
+    def metadata(self) -> list[TensorMeta]:
+        return []
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(())
 
 
 def _colocated(
@@ -118,13 +130,14 @@ def _colocated(
         kv_cache_bytes=cache,
         gpu_memory_fraction=options.gpu_memory_fraction,
         tensor_parallel=options.tensor_parallel,
+        stored=is_quantized(model),
     )
     visible = None
     if device.type == "cuda":
         listed = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         visible = ",".join(listed.split(",")[: options.tensor_parallel])
     transport = CudaIpc(device) if device.type == "cuda" else SharedMemory()
-    return VllmEngine(
+    return (StoredVllmEngine if settings.stored else VllmEngine)(
         lambda: VllmChild("vLLM", settings, log, threads=options.threads or 1, device=visible),
         Sender(dtype, "engine", CHUNK_BYTES, transport),
         end_token_ids=end_token_ids,

@@ -36,14 +36,14 @@ class Show:
         if self._bars is not None:
             self._bars.stop()
 
-    def begin(self, title: str, kept: int, total: int) -> None:
-        """A benchmark of `total` outputs, `kept` of which are there already."""
+    def begin(self, title: str, kept: int, total: int, what: str = "sample") -> None:
+        """A benchmark of `total` outputs, `kept` of which are there already; what is to be done with the rest."""
         self._title, self._done, self._new, self._total, self._tokens = title, kept, 0, total, 0
         self._start = self._said = time.monotonic()
         if self._bars is not None:
             self._task = self._bars.add_task(title, total=total, completed=kept, rate="")
         elif not self._quiet:
-            self._line(f"{title}: {total - kept:,} of {total:,} outputs to sample")
+            self._line(f"{title}: {total - kept:,} of {total:,} outputs to {what}")
 
     def sampled(self, outputs: int, tokens: int) -> None:  # noqa: ARG002 - `rollout.engine.Progress`; outputs count once kept
         """More tokens are sampled."""

@@ -26,6 +26,15 @@ class Deadlines:
     sync: float = 300.0
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of a sequence of n tokens, about all but its first: log-probabilities at temperature 1, in nats, float32 [n - 1], of the
+    token that is there, given those before it, and of the likeliest one."""
+
+    logprobs: np.ndarray
+    best: np.ndarray
+
+
 class VllmEngine:
     """start: makes the process; called at once, and again at each restart. end_token_ids: any of them ends an output. sleeps:
     whether the engine gives its device's memory back between rollouts."""
@@ -82,6 +91,29 @@ class VllmEngine:
         """All at once, in order."""
         return drain(self.submit(requests, decoding, progress), len(requests))
 
+    def score(self, sequences: Sequence[np.ndarray], progress: Progress | None = None) -> list[Scores]:
+        """Of each sequence, int32 [n], 2 ≤ n < the engine's longest: it makes a token behind. Not during a generation. Raises
+        EngineError."""
+        if self._version is None:
+            raise EngineError(f"{self._child.name}: its weights are of no known version; a push must come first")
+        arrays = _packed([Request(sequence) for sequence in sequences], 0)
+        arrays.pop("seeds")
+        self._child.send("score", version=self._version, arrays=arrays)
+        scores: dict[int, Scores] = {}
+        while len(scores) < len(sequences):
+            message = self._child.receive(self._deadlines.silence, "score")
+            if message is None:
+                missing = len(sequences) - len(scores)
+                raise EngineError(f"{self._child.name}: silent for {self._deadlines.silence:g} s during score, {missing} missing")
+            if message["kind"] != "scores":
+                continue
+            ends = np.cumsum(message["lengths"])
+            for place, start, end in zip(message["places"].tolist(), ends - message["lengths"], ends, strict=True):
+                scores[place] = Scores(message["logprobs"][start:end].copy(), message["best"][start:end].copy())
+            if progress is not None:
+                progress(len(ends), int(ends[-1]))
+        return [scores[place] for place in range(len(sequences))]
+
     def sleep(self) -> None:
         """See `rollout.engine.Engine.sleep`."""
         if self._sleeps and not self._asleep:
@@ -104,6 +136,18 @@ class VllmEngine:
         self._version = None
         self._child.close()
         self._sender.close()
+
+
+class StoredVllmEngine(VllmEngine):
+    """Samples from the folder's own weights as they are stored: quantized ones, which no push could bring. start: with
+    `VllmSettings.stored`. `load` takes nothing from its source: it names a version for what is there."""
+
+    def load(self, version: int, source: WeightSource) -> None:  # noqa: ARG002 - there is nothing to take
+        """See `rollout.engine.Engine.load`."""
+        self._version = None
+        self.ready()
+        self._child.ask("adopt", self._deadlines.sync, version=version)
+        self._version = version
 
 
 class _ChildReceiver:

@@ -167,9 +167,10 @@ def prepare_child() -> None:
     register()
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends, however it ends. Linux."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """The kernel kills this process when the thread that started it ends, however it ends. Linux. parent: the process that did,
+    where it may be gone before this is called."""
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)

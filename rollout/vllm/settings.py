@@ -27,6 +27,8 @@ class VllmSettings:
     """Devices that share the model; a worker process on each where there are several."""
     pack_weights: bool = True
     """On a CPU: `rollout.vllm.loading`."""
+    stored: bool = False
+    """The folder's own weights as they are stored, quantized ones too; else random ones, until a push."""
     seed: int = 0
 
     def to_json(self) -> str:

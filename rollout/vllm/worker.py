@@ -8,8 +8,10 @@ It answers one message after the other, and samples between them.
 |-------------------------------------------------------|---------------------------------------------------------------------|
 | (settings, as the first line)                         | ready                                                               |
 | generate (requests: token ids, seeds; how to decode)  | samples, as they finish; progress, at least once a second           |
+| score (sequences: token ids)                          | scores, as they finish; progress                                    |
 | abort                                                 | aborted                                                             |
 | begin, connect, chunk, commit                         | done, or refused with a reason                                      |
+| adopt (version), instead of those four                | done: the folder's own weights are that version                     |
 | sleep, wake (tags)                                    | done                                                                |
 
 After `begin` nothing is sampled until `commit`.
@@ -69,7 +71,8 @@ class Worker:
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_sequences,
                 seed=settings.seed,
-                load_format="dummy",  # random: what a push leaves out cannot pass for the policy's
+                # random: what a push leaves out cannot pass for the policy's
+                load_format="auto" if settings.stored else "dummy",
                 skip_tokenizer_init=True,
                 enforce_eager=_on_cpu(),
                 enable_prefix_caching=True,
@@ -89,6 +92,7 @@ class Worker:
         )
         self._version: int | None = None
         self._coming: int | None = None
+        self._stored = settings.stored
         self._max_sequences = settings.max_sequences
         self._places: dict[str, int] = {}
         self._sampled = 0
@@ -150,6 +154,29 @@ class Worker:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
+    def _on_score(self, prompts: Any, lengths: Any, places: Any, version: int) -> None:
+        """As `_on_generate`; each at least two tokens long."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if version != self._version:
+            raise RuntimeError(f"asked to score with version {version}, holds {self._version}")
+        once = SamplingParams(
+            max_tokens=1,  # vLLM demands one
+            temperature=0.0,
+            prompt_logprobs=1,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        start = 0
+        for length, place in zip(lengths.tolist(), places.tolist(), strict=True):
+            self._serial += 1
+            name = str(self._serial)
+            self._places[name] = place
+            self._engine.add_request(name, {"prompt_token_ids": prompts[start : start + length].tolist()}, once)
+            start += length
+
     def _on_abort(self) -> dict[str, Any]:
         self._engine.abort_request(list(self._places))
         self._places.clear()
@@ -158,8 +185,12 @@ class Worker:
     def _step(self) -> None:
         finished = [output for output in self._engine.step() if output.finished and output.request_id in self._places]
         self._sampled += min(len(self._places), self._max_sequences)
-        if finished:
-            self._send_samples(finished)
+        scored = [output for output in finished if output.prompt_logprobs is not None]
+        sampled = [output for output in finished if output.prompt_logprobs is None]
+        if scored:
+            self._send_scores(scored)
+        if sampled:
+            self._send_samples(sampled)
         now = time.monotonic()
         if now - self._reported > PROGRESS_SECONDS:
             self._channel.send("progress", tokens=self._sampled)
@@ -184,10 +215,32 @@ class Worker:
             },
         )
 
+    def _send_scores(self, finished: list[Any]) -> None:
+        import numpy as np
+
+        # A position's two: of the token that is there, and of the likeliest. The first token has none.
+        pairs = [np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32).reshape(-1, 2) for output in finished]
+        self._channel.send(
+            "scores",
+            version=self._version,
+            arrays={
+                "places": np.asarray([self._places.pop(output.request_id) for output in finished], dtype=np.int64),
+                "lengths": np.asarray([len(each) for each in pairs], dtype=np.int64),
+                "logprobs": np.concatenate([each[:, 0] for each in pairs]),
+                "best": np.concatenate([each[:, 1] for each in pairs]),
+            },
+        )
+
     # weights
 
+    def _on_adopt(self, version: int) -> dict[str, Any]:
+        if not self._stored:
+            raise RuntimeError("asked to adopt stored weights, but it has none")
+        self._version = version
+        return {"kind": "done"}
+
     def _on_begin(self, version: int, manifest: list[dict[str, Any]]) -> dict[str, Any]:
-        self._version, self._coming = None, version
+        self._version, self._coming, self._stored = None, version, False
         if self._places:
             raise RuntimeError("a push may not begin while outputs are being sampled")
         self._rpc("start_weight_update")

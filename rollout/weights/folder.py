@@ -18,6 +18,12 @@ from rollout.weights.source import TensorMeta
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def check_safetensors(path: Path) -> None:
+    """Raises InputError unless all *.safetensors in a folder can be read, whatever their dtypes."""
+    for file in sorted(path.glob("*.safetensors")):
+        _shapes(file)
+
+
 class FolderWeights:
     """`rollout.weights.source.WeightSource` of all *.safetensors in a folder, in the order of the layers.
 
@@ -53,16 +59,21 @@ class FolderWeights:
 
 
 def _metadata(file: Path) -> list[TensorMeta]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            shapes = {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from None
+    shapes = _shapes(file)
     for name, (dtype, _) in shapes.items():
         if dtype not in _DTYPES:
             raise InputError(f"{file}: {name} is {dtype}; only plain weights ({', '.join(_DTYPES)}) are read, so unpack it first")
     return [TensorMeta(name, _DTYPES[dtype], shape) for name, (dtype, shape) in shapes.items()]
+
+
+def _shapes(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor → (dtype as safetensors names it, shape)."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from None
 
 
 def _order(name: str) -> tuple[list[tuple[int, str]], str]:
