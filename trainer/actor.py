@@ -21,6 +21,7 @@ from kernels.linear_policy_loss import PolicyLoss, PolicyLossInputs, linear_poli
 from trainer.batch import MicroBatch, MiniBatch, micro_batches
 from trainer.config import ActorConfig, ObjectiveConfig, StageConfig
 from trainer.mismatch import Mismatch, MismatchSums, tis_weights
+from trainer.optimizer import build_optimizer
 from trainer.policy import Policy
 
 Advance = Callable[..., None]
@@ -68,17 +69,24 @@ class UpdateResult:
 
 
 class Actor:
-    """policy: sharded (`trainer.policy.shard`). reference: sharded and frozen, or None where no stage has a KL term."""
+    """policy: sharded (`trainer.policy.shard`). reference: sharded and frozen, or None where no stage has a KL term. optimizer:
+    the policy's (`trainer.optimizer`); None: AdamW."""
 
     def __init__(
-        self, policy: Policy, config: ActorConfig, *, rank: int, ranks: int, device: torch.device, reference: Policy | None = None
+        self,
+        policy: Policy,
+        config: ActorConfig,
+        *,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        reference: Policy | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.policy = policy
         self._reference = reference
         self._rank, self._ranks, self.device = rank, ranks, device
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.lr, betas=config.betas, eps=1e-8, weight_decay=config.weight_decay, foreach=False
-        )
+        self.optimizer = optimizer or build_optimizer(policy, config)
         self.updates = 0
         """Optimizer steps taken so far; the learning rate's clock."""
 

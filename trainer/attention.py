@@ -105,7 +105,6 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
-@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -168,3 +167,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, sc
 KERNELS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+def leave_uncompiled() -> None:
+    """`torch.compile` runs attention as it is and compiles around it, from now on. (Importing torch's compiler takes seconds.)"""
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))

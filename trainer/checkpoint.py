@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file, save_file
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from rollout.errors import InputError
 from rollout.ranks import Ranks
@@ -82,8 +83,10 @@ class Checkpoints:
         if folder is None:
             return RunState()
         model, optimizer = get_state_dict(actor.policy, actor.optimizer)
+        _check_kinds(folder, model, optimizer)
+        # Into the policy's and the optimizer's own tensors; rates and betas are set by each update. torch's set_state_dict would
+        # move offloaded moments to the GPU, and give moments the dtype of their weights.
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "dcp")
-        set_state_dict(actor.policy, actor.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         state, actor.updates, random_states = _read_state(folder)
         if len(random_states) == self._ranks.size:
             torch.set_rng_state(torch.from_numpy(random_states[self._ranks.rank]))
@@ -147,6 +150,22 @@ def complete_checkpoint(run: Path, step: int | None = None) -> Path:
             return folder
         problems.append(f"{folder.name}: {problem}")
     raise InputError(f"{run}/checkpoints: no complete checkpoint ({'; '.join(problems) or 'none at all'})")
+
+
+def _check_kinds(folder: Path, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """Raises InputError unless a checkpoint has these tensors in these dtypes: reading would cast, or end in a traceback."""
+    wanted = {f"model.{name}": tensor for name, tensor in model.items()}
+    for name, state in optimizer["state"].items():
+        wanted |= {f"optimizer.state.{name}.{key}": tensor for key, tensor in state.items()}
+    stored = FileSystemReader(folder / "dcp").read_metadata().state_dict_metadata
+    for name, tensor in wanted.items():
+        properties = getattr(stored.get(name), "properties", None)
+        if properties is None or properties.dtype != tensor.dtype:
+            there = "is not there" if properties is None else f"is {properties.dtype}"
+            raise InputError(
+                f"{folder}: {name} {there}, and this run's is {tensor.dtype}: set model.weights and optimizer.kind to what they "
+                "were, or start another run from an export (python -m trainer.export)"
+            )
 
 
 def _read_state(folder: Path) -> tuple[RunState, int, list[np.ndarray]]:

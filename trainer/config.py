@@ -373,14 +373,17 @@ class OptimizerConfig(Section):
     """AdamW; its rates stand in `actor`."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: both states in 8 bits with a scale per 256 values (torchao), 2 bytes a parameter in place of 8."""
+    """adamw8bit: both moments in 8 bits, a scale for 256 values (`trainer.adamw8bit`): 2.03 bytes a parameter instead of 8."""
     offload: bool = False
-    """adamw: its states stay in the host's memory and pass through the GPU one tensor at a time in each step. Same result."""
+    """adamw: its moments stay in the host's memory and pass through the GPU one tensor at a time in each step. Same result."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are kept and micro-batches added up. bfloat16, with model.weights bfloat16: 2 bytes a parameter instead
+    of 4; of a micro-batch is then lost what is below 2^-9 of the sum."""
 
     @model_validator(mode="after")
     def _possible(self) -> OptimizerConfig:
         if self.offload and self.kind != "adamw":
-            raise ValueError("offload is for kind adamw; the states of adamw8bit are small: leave one of the two out")
+            raise ValueError("offload is for kind adamw; the moments of adamw8bit are small: leave one of the two out")
         return self
 
 
@@ -452,6 +455,8 @@ class RunConfig(Section):
     def _possible(self) -> RunConfig:
         if self.model.weights == "bfloat16" and self.optimizer.kind != "adamw8bit":
             raise ValueError("model.weights bfloat16 needs optimizer.kind: adamw8bit, which rounds its updates stochastically")
+        if self.optimizer.gradients == "bfloat16" and self.model.weights != "bfloat16":
+            raise ValueError("optimizer.gradients bfloat16 needs model.weights: bfloat16; fp32 weights have fp32 gradients")
         ranks = self.parallel.sequence_ranks
         for index, stage in enumerate(self.stages):
             if (tokens := stage.actor.tokens_per_micro_batch * ranks) < stage.context:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trainer.attention import leave_uncompiled
+
 aten = torch.ops.aten
 
 MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
@@ -77,6 +79,7 @@ def prepare_layers(causal_lm: nn.Module, options: LayerOptions, itemsize: int) -
     """Of a transformers model, before it is sharded."""
     layers = causal_lm.model.layers
     if options.compile:
+        leave_uncompiled()
         for layer in layers:
             # Its forward alone: FSDP's hooks and checkpointing stay outside and run as they are.
             layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -23,6 +23,7 @@ from trainer.actor import Actor
 from trainer.config import ModelConfig, RunConfig
 from trainer.engines import build_engine, build_probe, engine_hosts
 from trainer.lookahead import quiet_beside
+from trainer.optimizer import build_optimizer
 from trainer.policy import Policy, PolicyWeights, build_policy, policy_options
 from trainer.preflight import judge_settings
 from trainer.probe import policy_scorer
@@ -125,7 +126,10 @@ def build_actor(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
         reference = build_policy(config.model.reference or config.model.path, mesh, replace(options, trainable=False))
     policy = build_policy(config.model.path, mesh, options)
-    return Actor(policy, config.stages[0].actor, rank=ranks.rank, ranks=ranks.size, device=device, reference=reference)
+    optimizer = build_optimizer(policy, config.stages[0].actor, config.optimizer, seed=config.seed)
+    return Actor(
+        policy, config.stages[0].actor, rank=ranks.rank, ranks=ranks.size, device=device, reference=reference, optimizer=optimizer
+    )
 
 
 def precision_of(model: ModelConfig, device: torch.device) -> torch.dtype:

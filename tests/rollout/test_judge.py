@@ -329,7 +329,11 @@ def test_a_silent_endpoint_is_tried_with_one_request_a_batch_and_heard_when_it_i
     assert notes[1] == "judge: the endpoint answers again"
 
 
-@pytest.mark.parametrize("fault", [400, contradiction, completion("{}", finish_reason="length")], ids=repr)
+@pytest.mark.parametrize(
+    "fault",
+    [400, contradiction, completion("{}", finish_reason="length")],
+    ids=["400", "contradiction", "cut off"],
+)
 def test_a_case_without_a_verdict_is_no_silent_endpoint(fault):
     notes = []
     with scripted_judge(otherwise=fault) as endpoint, JudgeVerifier(settings_of(endpoint), note=notes.append) as judge:

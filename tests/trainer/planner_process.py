@@ -20,7 +20,7 @@ from transformers import Qwen2Config
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.config import ModelConfig, ObjectiveConfig, RunConfig
 from trainer.planner.memory import MemoryTracker
-from trainer.planner.trace import make_states, prepare, run_stage, trace, traced_options
+from trainer.planner.trace import prepare, run_stage, trace, traced_options
 from trainer.policy import empty_policy
 
 TOKENS = 1024
@@ -46,7 +46,6 @@ def step(config: RunConfig) -> None:
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.normal_(0, 0.02)
-            make_states(tracker, actor)
             run_stage(tracker, actor, config.stages[0], 1, load)
 
 

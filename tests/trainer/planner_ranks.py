@@ -17,10 +17,11 @@ import torch.distributed as dist
 from tiny_policy import causal_lm, stage
 from torch.distributed.device_mesh import init_device_mesh
 
-from trainer.config import ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig
+from trainer.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
+from trainer.optimizer import ADAMW
 from trainer.planner.memory import WEIGHTS, MemoryTracker, Peak
-from trainer.planner.trace import make_states, prepare, run_stage, traced_options
+from trainer.planner.trace import prepare, run_stage, traced_options
 from trainer.policy import empty_policy
 
 RANKS = 2
@@ -33,6 +34,8 @@ class Case:
     reference: bool = False
     bf16: bool = False
     shard_ranks: int | None = None
+    weights: str = "float32"
+    optimizer: OptimizerConfig = ADAMW
 
     @property
     def precision(self) -> torch.dtype:
@@ -42,7 +45,8 @@ class Case:
         objective = ObjectiveConfig(kl_coefficient=0.1 if self.reference else 0.0)
         return RunConfig(
             run=Path("run"),
-            model=ModelConfig(path=Path("model"), gradient_checkpointing=self.checkpointing),
+            model=ModelConfig(path=Path("model"), gradient_checkpointing=self.checkpointing, weights=self.weights),
+            optimizer=self.optimizer,
             parallel=ParallelConfig(shard_ranks=self.shard_ranks),
             stages=(stage(objective, mini=1, tokens_per_micro_batch=150),),
         )
@@ -54,6 +58,9 @@ CASES = [
     Case(tied=True),
     Case(tied=True, reference=True, bf16=True),
     Case(shard_ranks=1, bf16=True),
+    Case(optimizer=OptimizerConfig(offload=True)),
+    Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit")),
+    Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit", gradients="bfloat16")),
 ]
 
 
@@ -73,7 +80,6 @@ def measure(case: Case) -> dict[str, Peak]:
             for policy in policies:
                 for parameter in policy.parameters():
                     parameter.normal_(0, 0.02)
-        make_states(tracker, actor)
         return run_stage(tracker, actor, config.stages[0], RANKS, load).peaks
 
 

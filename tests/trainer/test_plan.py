@@ -205,13 +205,33 @@ def test_training_that_does_not_fit_is_spread_over_more_gpus(monkeypatch):
     assert mend.fault is None
     expected = (
         "model.gradient_checkpointing=true", "actor.tokens_per_micro_batch=16384", "parallel.shard_ranks=null",
-        "16 GPUs in place of 8",
+        "optimizer.offload=true", "16 GPUs in place of 8",
     )  # fmt: skip
-    assert mend.question.changes[:4] == expected
+    assert mend.question.changes[:5] == expected
     config = mend.question.config
     assert (config.model.gradient_checkpointing, config.parallel.shard_ranks, mend.question.machine.gpus) == (True, None, 16)
     assert {stage.actor.tokens_per_micro_batch for stage in config.stages} == {16384}
-    assert asked == [expected[:count] for count in range(5)]
+    assert asked == [expected[:count] for count in range(6)]
+
+
+def test_mends_of_the_optimizer(monkeypatch):
+    """None that is there already; coarser gradients for bf16 weights alone."""
+    monkeypatch.setattr("trainer.planner.plan.traced_of", lambda question: traced(600 / question.machine.gpus))
+    offloaded = make_plan(question(optimizer={"offload": True}))
+    assert not any("optimizer" in change for change in mended(offloaded).question.changes)
+    coded = make_plan(question(optimizer={"kind": "adamw8bit"}, model={"weights": "bfloat16"}))
+    assert "optimizer.gradients=bfloat16" in mended(coded).question.changes
+    assert "optimizer.offload=true" not in mended(coded).question.changes
+
+
+def test_bytes_of_a_push_and_a_checkpoint_are_the_configurations():
+    sizes = Sizes(body=0, head=0, parameters=10**9, layers=1, attention_width=1, cache_elements=1, key_value_heads=1)
+    ceilings, work = Ceilings(link=1e9, disk=1e9), Work()
+    fp32 = step_cost(recipe(["checkpoint.every=2"]), 0, sizes, 4, 0, ceilings, work).seconds
+    assert (fp32["sync"], fp32["checkpoint"]) == (4 * 3 / 4, 12 / 2)
+    overrides = ["checkpoint.every=2", "optimizer.kind=adamw8bit", "model.weights=bfloat16"]
+    coded = step_cost(recipe(overrides), 0, sizes, 4, 0, ceilings, work).seconds
+    assert (coded["sync"], coded["checkpoint"]) == (2 * 3 / 4, (2 + 2 + 8 / 256) / 2)
 
 
 def test_nothing_fits(monkeypatch):

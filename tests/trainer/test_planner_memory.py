@@ -16,15 +16,18 @@ import planner_ranks
 import pytest
 import torch
 from planner_ranks import CASES, RANKS, Case
-from tiny_policy import causal_lm
+from tiny_policy import VOCABULARY, causal_lm
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Qwen2Config
 
 from kernels import head as kernel_head
 from kernels.linear_logprob_entropy import _forward as score_operation
 from kernels.linear_policy_loss import _loss as policy_loss_operation
+from trainer.adamw8bit import WORKSPACE
+from trainer.config import OptimizerConfig
 from trainer.planner import loss_head, trace
 from trainer.planner.loss_head import workspace_bytes
-from trainer.planner.memory import ACTIVATIONS, GATHERED, GRADIENTS, HEAD, OPTIMIZER, WEIGHTS, MemoryTracker
+from trainer.planner.memory import ACTIVATIONS, GATHERED, GRADIENTS, HEAD, HOST, OPTIMIZER, WEIGHTS, MemoryTracker
 from trainer.policy import PolicyOptions, empty_policy
 
 LAYERS, HIDDEN = 2, 24
@@ -82,7 +85,6 @@ def test_weights_states_and_gradients_by_hand(tmp_path, tied, ranks, shard_ranks
         with FakeTensorMode(allow_non_fake_inputs=True), trace.numbers_for_numpy(), MemoryTracker("cpu") as tracker:
             actor, load = trace.prepare(tracker, [policy], config, ranks)
             assert load.total == load.kinds[WEIGHTS] == 4 * elements
-            trace.make_states(tracker, actor)
             assert tracker.live[OPTIMIZER] == 8 * elements + 4 * tensors
             stage = config.stages[0]
             [scored] = actor.score([trace.fullest(stage, ranks)], stage)
@@ -91,6 +93,62 @@ def test_weights_states_and_gradients_by_hand(tmp_path, tied, ranks, shard_ranks
             assert tracker.live[GRADIENTS] == 4 * elements
             actor.optimizer.zero_grad()
             assert tracker.live[GRADIENTS] == 0
+
+
+@pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
+def test_coded_moments_and_gradients_of_bf16_weights_by_hand(tmp_path, gradients):
+    """Two codes a value, two fp32 scales for each 64 (of 128 for half of them); vectors, and what 64 does not divide, in fp32."""
+    model = Qwen2Config(
+        vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    case = Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit", gradients=gradients))
+    peaks = trace.trace(case.config(), tmp_path, 2, torch.bfloat16, "cpu").stages[0].peaks
+    rows_of_64, rows_of_128 = 31 + (64 + 32 + 32 + 64 + 2 * 128) // 2, 64 // 2  # embedding, q, k, v, o, gate, up; down
+    coded, vectors = 64 * rows_of_64 + 128 * rows_of_128, (64 + 32 + 32 + 3 * 64) // 2
+    tables, counts = 2 * (256 + 255) * 4, 4 * (1 + 7 + 3 + 3)
+    assert peaks["rollout"].kinds[WEIGHTS] == 2 * (coded + vectors)
+    assert peaks["rollout"].kinds[OPTIMIZER] == 2 * coded + 8 * (rows_of_64 + rows_of_128) + 8 * vectors + tables + counts
+    assert peaks["update"].kinds[GRADIENTS] in {(4 if gradients == "float32" else 2) * (coded + vectors)}
+
+
+def test_offloaded_moments_are_in_no_phase(tmp_path):
+    plain, offloaded = (
+        traced(tmp_path, Case(optimizer=OptimizerConfig(offload=each)), 2, "cuda").peaks for each in (False, True)
+    )
+    for phase in trace.PHASES:
+        assert offloaded[phase].kinds[OPTIMIZER] == 0
+        assert HOST not in offloaded[phase].kinds
+    for phase in ("rollout", "score", "sync", "checkpoint"):
+        assert plain[phase].total - offloaded[phase].total == plain[phase].kinds[OPTIMIZER]
+
+
+def test_what_a_step_of_the_optimizer_takes(tmp_path):
+    """With nothing else in the way. Offloaded: two slots of both moments of the largest weight, 61 rows of 24 over two ranks. On
+    a GPU AdamW is fused and takes nothing; coded moments take four fp32 temporaries and a random number a value of a piece."""
+    largest, taken = 31 * 24, {}
+    kinds = {
+        "fused": Case(),
+        "offloaded": Case(optimizer=OptimizerConfig(offload=True)),
+        "coded": Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit")),
+    }
+    for name, case in kinds.items():
+        config = case.config()
+        with trace.fake_ranks(2) as mesh:
+            options = PolicyOptions(case.precision, weights=getattr(torch, case.weights))
+            policy = empty_policy(folder(tmp_path, tied=False), mesh, options)
+            with FakeTensorMode(allow_non_fake_inputs=True), trace.numbers_for_numpy(), MemoryTracker("cuda") as tracker:
+                actor, _ = trace.prepare(tracker, [policy], config, 2, "cuda")
+                for parameter in policy.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                before = sum(value for kind, value in tracker.live.items() if kind != HOST)
+                with tracker.phase() as peak:
+                    actor.optimizer.step()
+                taken[name] = peak[0].total - before
+    assert taken["fused"] == 0
+    assert taken["offloaded"] == 2 * 2 * 4 * largest
+    assert (WORKSPACE + 4) * largest <= taken["coded"] < (WORKSPACE + 4) * largest + 100
 
 
 def test_a_rank_gathers_one_unit_at_a_time(tmp_path):
@@ -202,3 +260,29 @@ def test_counting_by_hand():
         with tracker.phase() as peak:
             pass
     assert peak[0].total == 0
+
+
+def test_what_activations_keep_and_where(tmp_path):
+    """Of a model with layers enough that their inputs decide: a budget adds the bytes it says, and inputs on the host are not
+    the GPU's but for one layer's and the next one's."""
+    layers, hidden, tokens = 12, 64, 512
+    path = tmp_path / "model"
+    Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(path)  # fmt: skip
+
+    def update(**model) -> int:
+        case = Case(checkpointing=True)
+        config = case.config()
+        stage = config.stages[0].model_copy(update={"context": tokens})
+        stage = stage.model_copy(update={"actor": stage.actor.model_copy(update={"tokens_per_micro_batch": tokens})})
+        config = config.model_copy(update={"model": config.model.model_copy(update=model), "stages": (stage,)})
+        return trace.trace(config, path, 1, torch.float32, "cpu").stages[0].peaks["update"].kinds[ACTIVATIONS]
+
+    kept = update()
+    attention = tokens * 4 * (16 * 4 + 4)
+    more = update(saved_gib=layers * attention / 2**30) - kept
+    assert (layers - 1) * attention <= more <= layers * attention  # the last one's is there in any case when it runs again
+    inputs = tokens * hidden * 4
+    assert (layers - 3) * inputs <= kept - update(offload_activations=True) <= layers * inputs

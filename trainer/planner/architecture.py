@@ -18,6 +18,10 @@ _QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
     "rope_theta": 1e6, "tie_word_embeddings": False, "vocab_size": 152064,
 }  # fmt: skip
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5, "tie_word_embeddings": True, "vocab_size": 49152,
+}  # fmt: skip
 _SIZES = {
     "qwen2.5-0.5b": (896, 24, 14, 2, 4864, {"tie_word_embeddings": True, "vocab_size": 151936}),
     "qwen2.5-1.5b": (1536, 28, 12, 2, 8960, {"tie_word_embeddings": True, "vocab_size": 151936}),
@@ -28,9 +32,9 @@ _SIZES = {
 _NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 NAMED: dict[str, dict[str, Any]] = {
     name: _QWEN2 | dict(zip(_NAMES, sizes, strict=True)) | other for name, (*sizes, other) in _SIZES.items()
-}
+} | {"smollm2-135m": _LLAMA | dict(zip(_NAMES, (576, 30, 9, 3, 1536), strict=True))}
 """config.json by name, from the models' cards. DeepSeek-R1-Distill-Qwen has the sizes of the Qwen2.5 of its name, but for 1.5B,
-which is untied there."""
+which is untied there. smollm2-135m: HuggingFaceTB/SmolLM2-135M."""
 
 
 @dataclass(frozen=True, slots=True)

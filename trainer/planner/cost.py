@@ -12,7 +12,8 @@
                             operations where those take longer
     sync, checkpoint        weights gathered over --link; weights and moments over --disk, every checkpoint.every steps
 
-All responses are taken as equally long. What model.saved_gib spares of the recomputation is not subtracted. Not counted: the wait for the longest, verification, evaluation, start, faults.
+All responses are taken as equally long. What model.saved_gib spares of the recomputation is not subtracted. Not counted: the
+wait for the longest, verification, evaluation, start, faults.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 GATHERED, REDUCED, HEAD, ACTIVATIONS = "gathered units", "reduction buffers", "loss head", "activations"
 KINDS = (WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED, REDUCED, ACTIVATIONS, HEAD)
 """What a storage is counted as. activations: whatever is none of the others, temporaries and unsharded gradients included."""
+HOST = "host"
+"""What would be in the host's memory: in no sum and no peak."""
 
 GATHERS = ("c10d::_allgather_base_", "_c10d_functional::all_gather_into_tensor", "fsdp::all_gather_copy_in")
 """Operations whose results are gathered weights."""
@@ -68,7 +70,7 @@ class MemoryTracker(TorchDispatchMode):
         self._device_type = device_type
         self._held: dict[int, _Held] = {}
         self._default = ACTIVATIONS
-        self._live = dict.fromkeys(KINDS, 0)
+        self._live = dict.fromkeys((*KINDS, HOST), 0)
         self._total = 0
         self._peak = Peak()
         self._fake_mode: Any = None
@@ -155,6 +157,8 @@ class MemoryTracker(TorchDispatchMode):
             self._recount(args[0], GRADIENTS)
         elif name == "aten::copy_" and self._kind(args[1]) == REDUCED:
             self._recount(args[0], GRADIENTS)  # one rank alone has nothing to reduce
+        elif name == "aten::_to_copy" and self._kind(args[0]) == GRADIENTS:
+            self._recount(result, GRADIENTS)  # to the dtype in which it is kept
         elif name in GATHERS:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, Tensor):
@@ -179,7 +183,7 @@ class MemoryTracker(TorchDispatchMode):
     def _recount(self, tensor: Tensor, kind: str) -> None:
         """What a tensor's storage is, known only now; a weight stays one."""
         held = self._held.get(tensor.untyped_storage()._cdata)
-        if held is not None and held.kind not in (WEIGHTS, OPTIMIZER):
+        if held is not None and held.kind not in (WEIGHTS, OPTIMIZER, HOST):
             self._add(held.kind, -held.nbytes)
             held.kind = kind
             self._add(kind, held.nbytes)
@@ -197,11 +201,12 @@ class MemoryTracker(TorchDispatchMode):
 
     def _add(self, kind: str, nbytes: int) -> None:
         self._live[kind] += nbytes
-        self._total += nbytes
+        self._total += nbytes * (kind != HOST)
 
     def _measure(self, workspace: int = 0) -> None:
         if self._total + workspace > self._peak.total:
             self._peak = self._now(workspace)
 
     def _now(self, workspace: int = 0) -> Peak:
-        return Peak(self._total + workspace, self._live | {HEAD: self._live[HEAD] + workspace})
+        kinds = {kind: self._live[kind] for kind in KINDS}
+        return Peak(self._total + workspace, kinds | {HEAD: kinds[HEAD] + workspace})

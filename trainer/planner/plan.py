@@ -159,6 +159,12 @@ def _training_mends(question: Question) -> Iterator[Question]:
     if (shards := config.parallel.shard_ranks) is not None and shards < question.machine.gpus:
         question = question.changed("parallel.shard_ranks=null", parallel={"shard_ranks": None})
         yield question
+    if config.optimizer.kind == "adamw" and not config.optimizer.offload:
+        question = question.changed("optimizer.offload=true", optimizer={"offload": True})
+        yield question
+    if config.model.weights == "bfloat16" and config.optimizer.gradients == "float32":
+        question = question.changed("optimizer.gradients=bfloat16", optimizer={"gradients": "bfloat16"})
+        yield question
     while (gpus := question.machine.gpus * 2) <= MOST_GPUS:
         question = question.changed(f"{gpus} GPUs in place of {question.machine.gpus}", gpus=gpus)
         yield question

@@ -19,18 +19,22 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rollout.weights.source import TensorMeta
+from trainer import layers
 from trainer.actor import Actor
+from trainer.adamw8bit import PIECE, WORKSPACE, AdamW8bit
 from trainer.attention import MIN_FILL
 from trainer.batch import MiniBatch, TokenSequence
 from trainer.config import RunConfig, StageConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
 from trainer.loading import allocate
-from trainer.planner.memory import OPTIMIZER, WEIGHTS, MemoryTracker, Peak
+from trainer.optimizer import build_optimizer
+from trainer.planner.memory import HOST, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from trainer.policy import Policy, PolicyOptions, PolicyWeights, empty_policy, policy_options
 
 MICRO_BATCHES = 2
@@ -74,6 +78,19 @@ def numbers_for_numpy() -> AbstractContextManager:
     return mock.patch.object(FakeTensor, "numpy", lambda tensor: np.ones(tensor.shape), create=True)
 
 
+@contextmanager
+def offloaded_to_host(tracker: MemoryTracker) -> Iterator[None]:
+    """Activations that wait on the host are in no GPU's memory, though here both are the CPU's."""
+    to_host = layers.to_host
+
+    def counted(tensor: Tensor) -> Tensor:
+        with tracker.counting_as(HOST):
+            return to_host(tensor)
+
+    with mock.patch.object(layers, "to_host", counted):
+        yield
+
+
 def trace(
     config: RunConfig, folder: Path, ranks: int, precision: torch.dtype, device_type: str = "cuda", stages: Sequence[int] = (0,)
 ) -> Traced:
@@ -84,9 +101,13 @@ def trace(
         policies = [empty_policy(folder, mesh, options)]
         if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
             policies.append(empty_policy(folder, mesh, replace(options, trainable=False)))
-        with FakeTensorMode(allow_non_fake_inputs=True), numbers_for_numpy(), MemoryTracker(device_type) as tracker:
-            actor, load = prepare(tracker, policies, config, ranks)
-            make_states(tracker, actor)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            numbers_for_numpy(),
+            MemoryTracker(device_type) as tracker,
+            offloaded_to_host(tracker),
+        ):
+            actor, load = prepare(tracker, policies, config, ranks, device_type)
             traced = {index: run_stage(tracker, actor, config.stages[index], ranks, load) for index in stages}
         return Traced(traced, PolicyWeights(policies[0]).metadata())
 
@@ -97,20 +118,27 @@ def traced_options(config: RunConfig, precision: torch.dtype) -> PolicyOptions:
     return policy_options(config.model_copy(update={"model": model}), precision, torch.device("cpu"))
 
 
-def prepare(tracker: MemoryTracker, policies: list[Policy], config: RunConfig, ranks: int) -> tuple[Actor, Peak]:
-    """The actor over a policy and perhaps its reference, with memory, and what loading them took."""
-    device = torch.device("cpu")
+def prepare(
+    tracker: MemoryTracker, policies: list[Policy], config: RunConfig, ranks: int, device_type: str = "cpu"
+) -> tuple[Actor, Peak]:
+    """The actor over a policy and perhaps its reference, with memory and moments, and what loading them took."""
+    device, config_actor = torch.device("cpu"), config.stages[0].actor
     with tracker.phase() as load, tracker.counting_as(WEIGHTS):
         for policy in policies:
             allocate(policy, device)
     policy, reference = policies[0], policies[1] if len(policies) > 1 else None
-    return Actor(policy, config.stages[0].actor, rank=0, ranks=ranks, device=device, reference=reference), load[0]
+    with tracker.counting_as(HOST if config.optimizer.offload else OPTIMIZER):
+        optimizer = build_optimizer(policy, config_actor, config.optimizer, seed=config.seed, fused=device_type == "cuda")
+    if device_type == "cuda" and isinstance(optimizer, AdamW8bit):
+        optimizer.piece = PIECE["cuda"]
+        optimizer.update_coded = optimizer.update_plain = hold_workspace
+    actor = Actor(policy, config_actor, rank=0, ranks=ranks, device=device, reference=reference, optimizer=optimizer)
+    return actor, load[0]
 
 
-def make_states(tracker: MemoryTracker, actor: Actor) -> None:
-    """The optimizer's, as a resumed run makes them before its first step."""
-    with tracker.counting_as(OPTIMIZER):
-        get_state_dict(actor.policy, actor.optimizer)
+def hold_workspace(weight: Tensor, *_: Tensor | None) -> None:
+    """In place of the compiled update of a piece, whose temporaries no dispatch mode sees."""
+    torch.empty(WORKSPACE * weight.numel(), dtype=torch.uint8)
 
 
 def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: int, load: Peak) -> StageTrace:
