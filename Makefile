@@ -45,8 +45,10 @@ $(NATIVE): $(REQUIREMENTS) setup.py pyproject.toml $(SOURCES)
 demo: setup
 	@$(BIN)/python -m trainer.demo
 
+# Two at a time, each file's tests in one process: much of the time goes to starting engines and ranks. TESTERS=0: one after the other.
+TESTERS ?= 2
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 # A machine that runs other things beside, as CI's does, holds the generous limits alone.
 gate: setup

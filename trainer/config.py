@@ -29,7 +29,7 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face folder: config.json, *.safetensors, tokenizer with a chat template. Qwen2, Qwen3 or Llama."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights and reductions are fp32 in any case. auto: bfloat16 on a GPU, float32 on CPU."""
+    """Compute dtype; gradients are reduced in fp32 in any case. auto: bfloat16 on a GPU, float32 on CPU."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Of packed sequences (`trainer.attention`): flash-attn, torch.nn.attention.varlen, or SDPA over padded rows. auto: the
     first of them that is there, on a GPU in bfloat16, else sdpa."""

@@ -84,6 +84,7 @@ def read(path: Path, contenders: Collection[str]) -> list[Gate]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: is no TOML ({error})") from None
+    table.pop("train_step", None)  # benchmarks/train_step/gates.py reads those
     if set(table) != {"gate"} or not isinstance(table["gate"], list):
         raise InputError(f"{path}: expected [[gate]] tables and nothing else, got {', '.join(sorted(table)) or 'nothing'}")
     gates = [

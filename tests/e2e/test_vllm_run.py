@@ -126,10 +126,11 @@ def test_one_engine_over_two_ranks_killed_during_a_run(tiny, tmp_path):
 
 
 def test_what_is_fresh_is_scored_by_the_weights_that_sampled_it_and_engines_leave_with_the_run(tiny, tmp_path):
-    """With early scoring and aborted surplus, which change what is done when."""
+    """With early scoring and aborted surplus, which change what is done when. Eight sequences at once: the first groups are whole
+    while others wait."""
     run = tmp_path / "early"
     config = write_config(
-        tiny, run, ENGINE, ONE_MINI_BATCH, ("max_sequences: 64", "max_sequences: 64, score_early: true"),
+        tiny, run, ENGINE, ONE_MINI_BATCH, ("max_sequences: 64", "max_sequences: 8, score_early: true"),
         ("    context: 44\n    batch: {dynamic: true}", "    context: 44\n    batch: {dynamic: true, abort_surplus: true}"),
         ("tokens_per_micro_batch: 256", "tokens_per_micro_batch: 64"),
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.train_step ARCHITECTURE --context N`: a full update of a named model with random weights."""
