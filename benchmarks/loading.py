@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.kernels.memory import resident_bytes
 from rollout.cli import Parser
 from rollout.environment import provenance
 from trainer import cli, loading
@@ -92,12 +92,12 @@ def load(rank: int, ranks: int, folder: Path, meet: Path, result: Path) -> None:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
     read = count_reads()
     loading.empty_causal_lm(folder)  # what is imported is not the model's memory
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     started = time.perf_counter()
     policy = build_policy(folder, mesh, PolicyOptions(torch.float32))
     seconds = time.perf_counter() - started
-    peak = resident("VmHWM") - before
+    peak = resident_bytes("VmHWM") - before
     shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
     share = shards // 2  # stored as bf16
     row = {"rank": rank, "read": sum(read), "share": share, "peak": peak, "shards": shards, "seconds": seconds}
@@ -121,12 +121,6 @@ def count_reads() -> list[int]:
 
     loading._fill = lambda parameter, stored: fill(parameter, Counted(stored))
     return read
-
-
-def resident(name: str) -> int:
-    """Bytes, from this process's status."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
 
 
 def faults(row: dict[str, Any]) -> list[str]:

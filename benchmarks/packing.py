@@ -27,7 +27,7 @@ from rollout.cli import Parser
 from rollout.environment import provenance
 from rollout.errors import InputError
 from trainer import cli
-from trainer.packing import ATTENTION_TOKENS, Plan, pack
+from trainer.packing import Plan, cost_of, pack
 
 KINDS = ("traces", "long traces", "uniform")
 OUTPUTS = 256 * 16
@@ -46,7 +46,7 @@ class Filling:
 
     @classmethod
     def of(cls, plan: Plan, lengths: Sequence[int], budget: int) -> Filling:
-        costs = np.array([[_cost(indices, lengths) for indices in rank_bins] for rank_bins in plan])
+        costs = np.array([[cost_of(indices, lengths) for indices in rank_bins] for rank_bins in plan])
         mean, places = costs.sum(1).mean(), costs.size
         return cls(
             micro_batches=costs.shape[1],
@@ -103,10 +103,6 @@ def table(rows: list[dict]) -> Table:
             f"{row['used']:.1%}", f"+{row['ranks']:.1%}", f"+{row['lockstep']:.1%}",
         )  # fmt: skip
     return shown
-
-
-def _cost(indices: Sequence[int], lengths: Sequence[int]) -> float:
-    return sum(lengths[index] * (1 + lengths[index] / ATTENTION_TOKENS) for index in indices)
 
 
 if __name__ == "__main__":

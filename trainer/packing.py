@@ -33,7 +33,7 @@ def pack(lengths: Sequence[int], *, ranks: int, budget: int, at_least: int = 1) 
     micro_batches = max(at_least, math.ceil(sum(lengths) / (budget * ranks)), 1)
     while (bins := _fill(lengths, ranks * micro_batches, budget)) is None:
         micro_batches += 1
-    bins.sort(key=lambda indices: -_cost(indices, lengths))
+    bins.sort(key=lambda indices: -cost_of(indices, lengths))
     return [[sorted(indices) for indices in rank_bins] for rank_bins in _deal(bins, lengths, ranks)]
 
 
@@ -49,7 +49,7 @@ def _fill(lengths: Sequence[int], places: int, budget: int) -> list[list[int]] |
             return None
         cost, place, tokens = heapq.heappop(heap)
         bins[place].append(index)
-        heapq.heappush(heap, (cost + _cost([index], lengths), place, tokens + lengths[index]))
+        heapq.heappush(heap, (cost + cost_of([index], lengths), place, tokens + lengths[index]))
         for entry in full:
             heapq.heappush(heap, entry)
     return bins
@@ -63,9 +63,10 @@ def _deal(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> Plan:
         order = sorted(range(ranks), key=lambda rank: (spent[rank], rank))
         for rank, indices in zip(order, bins[start : start + ranks], strict=True):
             plan[rank].append(indices)
-            spent[rank] += _cost(indices, lengths)
+            spent[rank] += cost_of(indices, lengths)
     return plan
 
 
-def _cost(indices: Sequence[int], lengths: Sequence[int]) -> float:
+def cost_of(indices: Sequence[int], lengths: Sequence[int]) -> float:
+    """Of these sequences together, in tokens."""
     return sum(lengths[index] * (1 + lengths[index] / ATTENTION_TOKENS) for index in indices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ def check(config: RunConfig, path: Path) -> list[Prompt]:
 
 def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
     """On every rank."""
+    import torch
+
     from trainer.actor import Actor
     from trainer.batch import MiniBatch
     from trainer.distributed import process_group
-    from trainer.policy import PolicyOptions, build_policy
+    from trainer.policy import build_policy, policy_options
     from trainer.setup import precision_of
     from trainer.text import end_tokens, load_tokenizer, prompt_encoder
 
@@ -80,7 +83,8 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
     with process_group(config.parallel.timeout_seconds, config.parallel.shard_ranks) as (ranks, mesh, device), (
         Console(settings.steps, [(0, "warm-up", settings.steps)]) if ranks.first else NullConsole()
     ) as console:  # fmt: skip
-        policy = build_policy(settings.base, mesh, PolicyOptions(precision_of(config.model, device)))
+        options = policy_options(config, precision_of(config.model, device), device)
+        policy = build_policy(settings.base, mesh, replace(options, weights=torch.float32))  # trained by AdamW in fp32
         actor = Actor(policy, actor_config, rank=ranks.rank, ranks=ranks.size, device=device)
         batches = batches_of(prompts, encode, settings, config.seed, console.note)
         with console.phase("warm-up", settings.steps, "steps") as bar:

@@ -100,7 +100,7 @@ def _seconds(ax: Axes, ways: Mapping[str, Any]) -> None:
     ax.set_xlabel("seconds")
     order = [name for name in ("score", *PHASES, "score, planned", "update, planned") if name in seen]
     ax.legend(
-        [seen[name] for name in order], order, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, frameon=False, fontsize=8
+        [seen[name] for name in order], order, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=5, frameon=False, fontsize=8
     )
 
 

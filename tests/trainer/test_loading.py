@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_policy import causal_lm, one_rank
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.loading import count_reads
 from rollout.errors import InputError
-from trainer import loading
 from trainer.distributed import mesh_shape
 from trainer.loading import empty_causal_lm
 from trainer.policy import PolicyOptions, build_policy, load_causal_lm
@@ -34,23 +34,11 @@ def on_ranks(rank: int, ranks: int, rendezvous: str, folder: str, output: str) -
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     shape = MESHES[ranks]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    read: list[int] = []
-    fill = loading._fill
-
-    class Counted:
-        def __init__(self, stored):
-            self._stored = stored
-
-        def __getitem__(self, rows):
-            piece = self._stored[rows]
-            read.append(piece.numel())
-            return piece
-
-    loading._fill = lambda parameter, stored: fill(parameter, Counted(stored))
+    read = count_reads()
     policy = build_policy(Path(folder), mesh, PolicyOptions(torch.float32))
     held = [parameter.to_local().numel() for parameter in policy.causal_lm.parameters()]
     weights = {name: weight.clone() for name, weight in policy.whole_weights()}
-    torch.save({"read": sum(read), "held": sum(held), "weights": weights}, f"{output}-{rank}")
+    torch.save({"read": sum(read) // torch.bfloat16.itemsize, "held": sum(held), "weights": weights}, f"{output}-{rank}")
     dist.destroy_process_group()
 
 
