@@ -84,11 +84,14 @@ class Checkpoints:
         """
         start = time.perf_counter()
         self._settle()
+        if not wait:
+            self._give_up()
         if state.step != self._stands:
             self._save(actor, state, wait or not self._config.asynchronous)
         self._measured["time/checkpoint"] = time.perf_counter() - start
-        if self._failed is not None and (wait or self._failed_in_a_row >= self._config.max_failures):
+        if wait and self._failed is not None:
             raise self._ended()
+        self._give_up()
 
     def finish(self) -> None:
         """Waits for what is being written. Raises InputError where the last save failed."""
@@ -196,6 +199,11 @@ class Checkpoints:
         self._failed_in_a_row, self._failed_ever = self._failed_in_a_row + 1, self._failed_ever + 1
         self._measured["checkpoint/failed"] = self._failed_ever
         self._note(f"{self._failed}; the last good one is {self._last_good()}")
+
+    def _give_up(self) -> None:
+        """Raises InputError where too many saves have failed."""
+        if self._failed_in_a_row >= self._config.max_failures:
+            raise self._ended()
 
     def _ended(self) -> InputError:
         return InputError(f"{self._failed}; the same command continues from the last good one, {self._last_good()}")

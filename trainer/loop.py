@@ -60,7 +60,7 @@ class TrainingLoop:
             if self.due(step, self.config.evaluation.every):
                 self.evaluate(step)
             if self.due(step, self.config.checkpoint.every):
-                self.save(self.state(step))
+                self.save(self.state(step), wait=step == self.config.total_steps)
         if self.metrics is not None:
             self.metrics.close()
 
