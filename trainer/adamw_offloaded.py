@@ -22,10 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from trainer.adamw8bit import local
+from trainer.host_memory import HostMemory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SLAB = 1 << 30
-"""Bytes. torch rounds each pinned allocation up to a power of two: moments are cut from slabs that are one."""
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -39,7 +38,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             state = self.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
             for name in MOMENTS:
-                moment = host.zeros(local(parameter.detach()))
+                moment = host.zeros(local(parameter.detach()).shape)
                 state[name] = DTensor(moment, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else moment
         self._streams = torch.get_device_module(every[0][0].device)
         self._fetch, self._store = self._streams.Stream(), self._streams.Stream()
@@ -93,20 +92,3 @@ class OffloadedAdamW(torch.optim.AdamW):
             foreach=False, fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
-
-
-class HostMemory:
-    """Zeros on the host; pinned ones side by side in slabs."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._slab = torch.empty(0)
-
-    def zeros(self, like: Tensor) -> Tensor:
-        """Of the shape of `like`, fp32."""
-        if not self._pinned:
-            return torch.zeros(like.shape)
-        if like.numel() > len(self._slab):
-            self._slab = torch.zeros(max(SLAB // 4, like.numel()), pin_memory=True)
-        taken, self._slab = self._slab[: like.numel()], self._slab[like.numel() :]
-        return taken.view(like.shape)

@@ -1,253 +1,226 @@
 """Checkpoints: everything a run needs to continue as if it had not stopped.
 
     RUN/checkpoints/step-000010/
-        dcp/                model and optimizer (torch.distributed.checkpoint), sharded as on the ranks; any number reads it
-        state.json          step, optimizer steps, prompt cursors, ledger, the recovery buffer's prompts and verdicts
-        arrays.safetensors  the recovery buffer's tokens and log-probabilities; each rank's random state
-        manifest.json       size and SHA-256 of every other file; written last
+        dcp/                weights and moments, sharded as on the ranks; any number of ranks reads them    checkpoint_tensors.py
+        state.json          step, prompt cursors, ledger, recovery buffer                                   checkpoint_state.py
+        arrays.safetensors  the recovery buffer's tokens; each rank's random state
+        manifest.json       size and SHA-256 of every other file                                            checkpoint_folder.py
 
-Written as step-000010.tmp, flushed to disk and renamed: a folder without the suffix is whole. Sampling and data order draw from
-seeds derived from (run seed, step, …), so the saved random state is a precaution and not what repeatability rests on.
+A save copies what must survive to host memory and returns; a thread of each rank writes the copy beside (checkpoint_write.py),
+flushes it to the disk and renames it. So a folder without the suffix .tmp is whole, and a kill at any instant leaves the one
+before. One is written at a time: a save that comes while another is being written waits for it.
+
+A disk that is full or refuses fails that save alone, on all ranks; the run goes on and says so, but not for ever, and not where
+it would end without what it learnt. Sampling and data order draw from seeds derived from (run seed, step, …), so the saved random
+state is a precaution and not what repeatability rests on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.numpy import load_file, save_file
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch import Tensor
 
 from rollout.errors import InputError
 from rollout.ranks import Ranks
-from rollout.recovery import Ledger
-from rollout.types import Group, Prompt, Sample, Verdict
+from trainer import checkpoint_state, checkpoint_tensors
 from trainer.actor import Actor
+from trainer.checkpoint_folder import (
+    best_of,
+    clear_unfinished,
+    discard,
+    folders_of,
+    free_bytes,
+    kept,
+    name_of,
+    newest_whole,
+    step_of,
+)
+from trainer.checkpoint_state import Packed, RunState
+from trainer.checkpoint_write import Content, SaveFailed, Write, random_state
+from trainer.config import CheckpointConfig
 
-FORMAT = 1
+__all__ = ["Checkpoints", "RunState"]
 
-
-@dataclass(slots=True)
-class RunState:
-    """Rank 0's state between two steps."""
-
-    step: int = 0
-    """Steps finished; also the weight version."""
-    ledger: Ledger = field(default_factory=Ledger)
-    buffer: list[Group] = field(default_factory=list)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Prompts file → cursor (`PromptSource.state`)."""
+GROUP_GRACE = 60.0
+"""Seconds by which a wait for the other ranks' threads outlives checkpoint.seconds, so that the deadline speaks first."""
+ROOM = 1 << 20
+"""Bytes beside tensors and state that must be free."""
+MEND = "free space there or lower checkpoint.keep, or mend what the system says"
 
 
 class Checkpoints:
-    """Of one run folder. note: where to say that a checkpoint was skipped. All methods but `newest` are collectives."""
+    """Of one run folder; a context, at whose end what is being written is finished. All methods but `newest` and `measured` are
+    collectives.
 
-    def __init__(self, run: Path, ranks: Ranks, keep: int, note: Callable[[str], None]) -> None:
+    note: where to say that a checkpoint was skipped, or that a save failed. score: of a step, for keep_best; asked on rank 0.
+    """
+
+    def __init__(
+        self, run: Path, ranks: Ranks, config: CheckpointConfig, note: Callable[[str], None],
+        score: Callable[[int], float | None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._folder = run / "checkpoints"
-        self._ranks, self._keep, self._note = ranks, keep, note
+        self._ranks, self._config, self._note, self._score = ranks, config, note, score
+        self._writers = ranks.another(config.seconds + GROUP_GRACE)
+        self._staging = checkpoint_tensors.Staging()
+        self._writing: Write | None = None
+        self._stands: int | None = None
+        """The newest step that is on the disk."""
+        self._failed: SaveFailed | None = None
+        """The last save, if it failed."""
+        self._failed_in_a_row = self._failed_ever = 0
+        self._defect: BaseException | None = None
+        self._measured: dict[str, float] = {}
 
-    def save(self, actor: Actor, state: RunState) -> None:
-        """Writes a checkpoint for `state.step` and drops all but the newest `keep`."""
-        final = self._folder / f"step-{state.step:06d}"
-        beside = final.with_suffix(".tmp")
-        if self._ranks.first:
-            shutil.rmtree(beside, ignore_errors=True)
-            (beside / "dcp").mkdir(parents=True)
-        self._ranks.broadcast(None)  # no rank writes before the folder is there
-        model, optimizer = get_state_dict(actor.policy, actor.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=beside / "dcp")
-        random_states = self._ranks.gather(torch.get_rng_state().numpy())
-        if self._ranks.first:
-            self._write_state(beside, state, actor.updates, random_states)
-            _write_manifest(beside)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(beside, final)
-            flush(self._folder)
-            self._prune(final)
-        self._ranks.broadcast(None)  # the checkpoint exists when save returns, on every rank
+    def save(self, actor: Actor, state: RunState, wait: bool = False) -> None:
+        """Writes a checkpoint for `state.step`, of the values of now, or does nothing where it stands.
+
+        wait: until it stands. Raises InputError where it then does not, or after `max_failures` saves in a row that failed.
+        """
+        start = time.perf_counter()
+        self._settle()
+        if not wait:
+            self._give_up()
+        if state.step != self._stands:
+            self._save(actor, state, wait or not self._config.asynchronous)
+        self._measured["time/checkpoint"] = time.perf_counter() - start
+        if wait and self._failed is not None:
+            raise self._ended()
+        self._give_up()
+
+    def finish(self) -> None:
+        """Waits for what is being written. Raises InputError where the last save failed."""
+        self._settle()
+        if self._failed is not None:
+            raise self._ended()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Where something else ends the run, a save that fails is said and hides nothing."""
+        if error is None:
+            self.finish()
+        elif self._writing is not None:
+            self._take()
+            if self._defect is not None:
+                self._note(f"the checkpoint that was being written failed too: {self._defect!r}")
+
+    def measured(self) -> dict[str, float]:
+        """What is new since the last call: seconds that the last save held the loop up, seconds that the last write took, its
+        bytes, and how many saves of this process have failed."""
+        if self._writing is not None and not self._writing.is_alive():
+            self._take()
+        measured, self._measured = self._measured, {}
+        return measured
 
     def resume(self, actor: Actor) -> RunState:
-        """Restores the newest complete checkpoint into `actor` and gives its state; a fresh state where there is none."""
-        folder = self._ranks.broadcast(self.newest() if self._ranks.first else None)
+        """Restores the newest complete checkpoint into `actor` and gives its state; a fresh state where there is none.
+
+        Raises InputError where there are checkpoints and none is whole, or where it is another model's or another format's.
+        """
+        folder, fault = self._ranks.broadcast(self._found() if self._ranks.first else None)
+        if fault is not None:
+            raise InputError(fault)
         if folder is None:
             return RunState()
-        model, optimizer = get_state_dict(actor.policy, actor.optimizer)
-        _check_kinds(folder, model, optimizer)
-        # Into the policy's and the optimizer's own tensors; rates and betas are set by each update. torch's set_state_dict would
-        # move offloaded moments to the GPU, and give moments the dtype of their weights.
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "dcp")
-        state, actor.updates, random_states = _read_state(folder)
+        state, updates, random_states = checkpoint_state.read(folder)
+        checkpoint_tensors.read(checkpoint_tensors.tensors_of(actor), folder, self._ranks)
+        actor.updates = updates
         if len(random_states) == self._ranks.size:
             torch.set_rng_state(torch.from_numpy(random_states[self._ranks.rank]))
+        self._stands = state.step
         return state
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that its manifest confirms; one that is not whole is named and skipped."""
-        for folder in reversed(self._folders()):
-            problem = _damage(folder)
-            if problem is None:
-                return folder
-            self._note(f"checkpoint {folder.name} skipped: {problem}")
-        return None
+        """The newest checkpoint that its manifest confirms. Raises InputError where there are some and none is whole."""
+        return newest_whole(self._folder, self._note)
 
-    def _folders(self) -> list[Path]:
-        return folders_of(self._folder)
+    def _found(self) -> tuple[Path | None, str | None]:
+        try:
+            return self.newest(), None
+        except InputError as error:
+            return None, str(error)
 
-    def _prune(self, newest: Path) -> None:
-        """Drops what is older than the `keep` newest, what a kill left half written, and checkpoints of later steps: those were
-        skipped as damaged, and would push whole ones out."""
-        folders = self._folders()
-        kept = folders[: folders.index(newest) + 1][-self._keep :]
-        for folder in self._folder.glob("step-*"):
-            if folder not in kept:
-                shutil.rmtree(folder)
+    def _save(self, actor: Actor, state: RunState, wait: bool) -> None:
+        """wait: nothing changes meanwhile, so the policy's own memory is written."""
+        tensors = checkpoint_tensors.tensors_of(actor)
+        packed = checkpoint_state.pack(state, actor.updates, self._ranks.size) if self._ranks.first else None
+        fault = self._ranks.broadcast(self._refusal(tensors, packed) if packed is not None else None)
+        if fault is not None:
+            self._count(state.step, SaveFailed(fault))
+            return
+        held = tensors if wait else self._staging.copy(tensors)
+        content = Content(state.step, held, random_state(), packed)
+        step = state.step  # not the state itself, which its owner may change
+        write = Write(self._folder, content, self._writers, self._config.seconds, lambda: self._retain(step))
+        write.start()
+        self._writing = write
+        if wait:
+            self._settle()
 
-    @staticmethod
-    def _write_state(folder: Path, state: RunState, updates: int, random_states: list[np.ndarray]) -> None:
-        groups, arrays = _pack_groups(state.buffer)
-        arrays |= {f"random.{rank}": value for rank, value in enumerate(random_states)}
-        record = {
-            "format": FORMAT,
-            "step": state.step,
-            "updates": updates,
-            "ranks": len(random_states),
-            "ledger": state.ledger.as_dict(),
-            "sources": state.sources,
-            "buffer": groups,
-        }
-        save_file(arrays, folder / "arrays.safetensors")
-        (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    def _refusal(self, tensors: dict[str, Tensor], packed: Packed) -> str | None:
+        """Why a checkpoint cannot be written, before anything is copied."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(self._folder)
+            needed, free = checkpoint_tensors.bytes_of(tensors, self._ranks.size) + packed.nbytes + ROOM, free_bytes(self._folder)
+        except OSError as error:
+            return f"{error.strerror} ({error.filename})"
+        return f"{self._folder} has {free / 1e9:.3g} GB free, and it takes {needed / 1e9:.3g} GB" if free < needed else None
 
+    def _settle(self) -> None:
+        """Waits for what is being written. Raises its defects."""
+        if self._writing is not None:
+            self._take()
+        if self._defect is not None:
+            raise self._defect
 
-def folders_of(checkpoints: Path) -> list[Path]:
-    """By step; whole ones and damaged ones."""
-    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    def _take(self) -> None:
+        """What came of a write, once."""
+        self._writing.join()
+        write, self._writing = self._writing, None
+        if isinstance(write.fault, SaveFailed):
+            self._count(write.step, write.fault)
+        elif write.fault is not None:
+            self._defect = write.fault
+        else:
+            self._stands, self._failed, self._failed_in_a_row = write.step, None, 0
+            self._measured |= {"time/checkpoint_write": write.took, "checkpoint/bytes": write.bytes}
+            self._measured["checkpoint/failed"] = self._failed_ever
 
+    def _count(self, step: int, failed: SaveFailed) -> None:
+        self._failed = SaveFailed(f"checkpoint of step {step} failed: {failed}: {MEND}")
+        self._failed_in_a_row, self._failed_ever = self._failed_in_a_row + 1, self._failed_ever + 1
+        self._measured["checkpoint/failed"] = self._failed_ever
+        self._note(f"{self._failed}; the last good one is {self._last_good()}")
 
-def complete_checkpoint(run: Path, step: int | None = None) -> Path:
-    """Of a run folder: that of a step, or the newest that is whole. Raises InputError."""
-    folders = folders_of(run / "checkpoints")
-    if step is not None:
-        wanted = run / "checkpoints" / f"step-{step:06d}"
-        if wanted not in folders:
-            raise InputError(f"{wanted}: no such checkpoint; there are {', '.join(each.name for each in folders) or 'none'}")
-        folders = [wanted]
-    problems = []
-    for folder in reversed(folders):
-        problem = _damage(folder)
-        if problem is None:
-            return folder
-        problems.append(f"{folder.name}: {problem}")
-    raise InputError(f"{run}/checkpoints: no complete checkpoint ({'; '.join(problems) or 'none at all'})")
+    def _give_up(self) -> None:
+        """Raises InputError where too many saves have failed."""
+        if self._failed_in_a_row >= self._config.max_failures:
+            raise self._ended()
 
+    def _ended(self) -> InputError:
+        return InputError(f"{self._failed}; the same command continues from the last good one, {self._last_good()}")
 
-def _check_kinds(folder: Path, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """Raises InputError unless a checkpoint has these tensors in these dtypes: reading would cast, or end in a traceback."""
-    wanted = {f"model.{name}": tensor for name, tensor in model.items()}
-    for name, state in optimizer["state"].items():
-        wanted |= {f"optimizer.state.{name}.{key}": tensor for key, tensor in state.items()}
-    stored = FileSystemReader(folder / "dcp").read_metadata().state_dict_metadata
-    for name, tensor in wanted.items():
-        properties = getattr(stored.get(name), "properties", None)
-        if properties is None or properties.dtype != tensor.dtype:
-            there = "is not there" if properties is None else f"is {properties.dtype}"
-            raise InputError(
-                f"{folder}: {name} {there}, and this run's is {tensor.dtype}: set model.weights and optimizer.kind to what they "
-                "were, or start another run from an export (python -m trainer.export)"
+    def _last_good(self) -> str:
+        return "none" if self._stands is None else name_of(self._stands)
+
+    def _retain(self, newest: int) -> None:
+        """On rank 0, when `newest` stands."""
+        folders = {step_of(folder): folder for folder in folders_of(self._folder)}
+        best = best_of([step for step in folders if step <= newest], self._score) if self._config.keep_best else None
+        stay = kept(list(folders), newest, last=self._config.keep, every=self._config.keep_every, best=best)
+        try:
+            for step, folder in folders.items():
+                if step not in stay:
+                    discard(folder)
+        except OSError as error:
+            self._note(
+                f"an old checkpoint cannot be removed: {error.strerror} ({error.filename}); mend that before the disk is full"
             )
-
-
-def _read_state(folder: Path) -> tuple[RunState, int, list[np.ndarray]]:
-    """(rank 0's state, optimizer steps, each rank's random state)."""
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if record["format"] != FORMAT:
-        raise RuntimeError(f"{folder}/state.json: format {record['format']}, this version reads {FORMAT}")
-    arrays = load_file(folder / "arrays.safetensors")
-    state = RunState(record["step"], Ledger(**record["ledger"]), _unpack_groups(record["buffer"], arrays), record["sources"])
-    return state, record["updates"], [arrays[f"random.{rank}"] for rank in range(record["ranks"])]
-
-
-def _pack_groups(groups: list[Group]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Groups as JSON with their arrays beside, under 'group.sample.name'."""
-    records, arrays = [], {}
-    for at, group in enumerate(groups):
-        prompt = group.prompt
-        arrays[f"{at}.prompt"] = group.prompt_token_ids
-        samples = []
-        for k, (sample, verdict) in enumerate(zip(group.samples, group.verdicts, strict=True)):
-            arrays[f"{at}.{k}.tokens"], arrays[f"{at}.{k}.logprobs"] = sample.token_ids, sample.logprobs
-            judged = (verdict.right, verdict.reason, verdict.detail, verdict.mixed)
-            samples.append([sample.finish_reason, sample.weight_version, *judged])
-        fields = {name: getattr(prompt, name) for name in Prompt.__dataclass_fields__}
-        records.append({"prompt": fields, "drawn_step": group.drawn_step, "samples": samples})
-    return records, arrays
-
-
-def _unpack_groups(records: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Group]:
-    return [
-        Group(
-            prompt=Prompt(**record["prompt"]),
-            prompt_token_ids=arrays[f"{at}.prompt"],
-            samples=tuple(
-                Sample(arrays[f"{at}.{k}.tokens"], arrays[f"{at}.{k}.logprobs"], finish, version)
-                for k, (finish, version, *_) in enumerate(record["samples"])
-            ),
-            verdicts=tuple(Verdict(*verdict) for _, _, *verdict in record["samples"]),
-            drawn_step=record["drawn_step"],
-        )
-        for at, record in enumerate(records)
-    ]
-
-
-def _write_manifest(folder: Path) -> None:
-    """Flushes everything to disk, then lists the files."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        flush(path)
-        if path.is_dir():
-            continue
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps(files, indent=1), encoding="utf-8")
-    flush(manifest)
-    flush(folder)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, facts in files.items():
-            path = folder / name
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-            if _digest(path) != facts["sha256"]:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json or a file it names cannot be read ({error.__class__.__name__}: {error})"
-    return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """fsync of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

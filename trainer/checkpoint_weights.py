@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from rollout.weights.source import TensorMeta
+from trainer.checkpoint_tensors import Reader
 
 BATCH_BYTES = 1 << 30
 PREFIX = "model.causal_lm."
@@ -22,8 +22,8 @@ class CheckpointWeights:
     the embedding, and left out."""
 
     def __init__(self, checkpoint: Path, *, tied: bool) -> None:
-        self._folder = checkpoint / "dcp"
-        stored = FileSystemReader(self._folder).read_metadata().state_dict_metadata
+        self._checkpoint = checkpoint
+        stored = Reader(checkpoint).read_metadata().state_dict_metadata
         self._metadata = [
             TensorMeta(name.removeprefix(PREFIX), each.properties.dtype, tuple(each.size))
             for name, each in stored.items()
@@ -37,7 +37,7 @@ class CheckpointWeights:
         for batch in self._batches():
             tensors = {meta.name: torch.empty(meta.shape, dtype=meta.dtype) for meta in batch}
             wanted = {PREFIX + name: tensor for name, tensor in tensors.items()}
-            dcp.load(wanted, storage_reader=FileSystemReader(self._folder), no_dist=True)
+            dcp.load(wanted, storage_reader=Reader(self._checkpoint), no_dist=True)
             yield from tensors.items()
 
     def _batches(self) -> Iterator[list[TensorMeta]]:

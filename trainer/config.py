@@ -1,8 +1,8 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
 The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
-stage overrides single keys of them. After reading, each stage holds its sections whole. Section `engine`: config_engine.py.
-Nothing heavy is imported here.
+stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine` and `checkpoint`:
+config_engine.py, config_checkpoint.py. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rollout.reward.judge.settings import address_fault
+from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_section import Fraction, Positive, Section
 
@@ -256,12 +257,6 @@ class EvaluationConfig(Section):
     """None: the last stage's response limit."""
 
 
-class CheckpointConfig(Section):
-    every: Positive = 10
-    """Steps between checkpoints; one is always written after the last step."""
-    keep: Positive = 2
-
-
 class MismatchConfig(Section):
     """Bounds on |log-probability sampled - recomputed|, nats (`trainer.mismatch.bounds_of`). The paper is silent; they are
     ours."""
@@ -369,6 +364,8 @@ class RunConfig(Section):
     def _possible(self) -> RunConfig:
         if self.model.weights == "bfloat16" and self.optimizer.kind != "adamw8bit":
             raise ValueError("model.weights bfloat16 needs optimizer.kind: adamw8bit, which rounds its updates stochastically")
+        if self.checkpoint.keep_best and not self.evaluation.sets:
+            raise ValueError("checkpoint.keep_best needs evaluation.sets, whose pass@1 decides which is the best")
         if self.optimizer.gradients == "bfloat16" and self.model.weights != "bfloat16":
             raise ValueError("optimizer.gradients bfloat16 needs model.weights: bfloat16; fp32 weights have fp32 gradients")
         ranks = self.parallel.sequence_ranks

@@ -30,7 +30,7 @@ from rollout.weights.folder import FolderWeights
 from rollout.weights.source import WeightSource
 from rollout.weights.wire import quantize
 from trainer import cli
-from trainer.checkpoint import complete_checkpoint, flush
+from trainer.checkpoint_folder import complete_checkpoint, flush
 from trainer.checkpoint_weights import CheckpointWeights
 from trainer.config_file import load_config
 

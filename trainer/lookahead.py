@@ -18,7 +18,7 @@ from typing import Any
 
 from rollout.errors import EngineError
 from rollout.sampler import Collected, SamplingStalled
-from trainer.checkpoint import RunState
+from trainer.checkpoint_state import RunState
 
 
 class Lookahead:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from rollout.engine import Decoding, EngineError
+from rollout.errors import InputError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
 from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled
@@ -39,15 +40,17 @@ class TrainingLoop:
 
     def __init__(self, config: RunConfig, inputs: Inputs | None, parts: Parts, ranks: Ranks, console: Any) -> None:
         self.config, self.inputs, self.parts, self.ranks, self.console = config, inputs, parts, ranks, console
-        self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint.keep, console.note)
+        self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint, console.note, self.score_of)
         self.metrics: MetricsWriter | None = None
         self.watch = MismatchWatch(bounds_of(config, parts.precision), console.note)
         self.ahead = Lookahead()
-        self.checkpoint_seconds = 0.0
-        """Of the last checkpoint; it is written after its step's row, so the next row reports it."""
 
     def run(self) -> None:
-        """To the end of the last stage."""
+        """To the end of the last stage. However it ends, a checkpoint that is being written is finished."""
+        with self.checkpoints:
+            self.run_steps()
+
+    def run_steps(self) -> None:
         step = self.resume()
         self.push_weights(step)
         if step == 0:
@@ -57,7 +60,7 @@ class TrainingLoop:
             if self.due(step, self.config.evaluation.every):
                 self.evaluate(step)
             if self.due(step, self.config.checkpoint.every):
-                self.save(self.state(step))
+                self.save(self.state(step), wait=step == self.config.total_steps)
         if self.metrics is not None:
             self.metrics.close()
 
@@ -90,7 +93,8 @@ class TrainingLoop:
         clock.lap("sync")
         if self.ranks.first:
             row = step_row(collected, scored, updates, kept.ledger, len(kept.buffer), stage)
-            row |= mismatch | self.parts.sync.measured() | self.parts.judged() | self.clocked(clock, collected, batches)
+            row |= mismatch | self.parts.sync.measured() | self.parts.judged() | self.checkpoints.measured()
+            row |= self.clocked(clock, collected, batches)
             if (note := unjudged_note(collected.sampled)) is not None:
                 self.console.note(f"step {step + 1}: {note}")
             self.write(step + 1, stage, row)
@@ -157,11 +161,14 @@ class TrainingLoop:
     def keep(self, state: RunState) -> None:
         """Before an end that a user can mend and go on from; of a run that has not learnt anything yet nothing is kept."""
         if state.step:
-            self.save(state)
+            self.save(state, wait=True)
 
     def stop(self, state: RunState, error: EngineError) -> NoReturn:
         """No engine, no run: what was learnt so far is kept."""
-        self.save(state)
+        try:
+            self.save(state, wait=True)
+        except InputError as lost:
+            raise InputError(f"{lost}; it was to be kept because {error}") from error
         raise EngineError(f"{error}; stopped after step {state.step}, which is kept: the same command continues from there")
 
     def draw(self, step: int, stage: StageConfig) -> Draw:
@@ -216,11 +223,13 @@ class TrainingLoop:
             self.metrics.write(row)
             self.console.evaluation(row)
 
-    def save(self, state: RunState) -> None:
-        start = time.perf_counter()
+    def save(self, state: RunState, wait: bool = False) -> None:
         with self.console.phase("checkpoint", None, "files"):
-            self.checkpoints.save(self.parts.actor, state)
-        self.checkpoint_seconds = time.perf_counter() - start
+            self.checkpoints.save(self.parts.actor, state, wait)
+
+    def score_of(self, step: int) -> float | None:
+        """What the step's evaluation gave; on rank 0."""
+        return self.metrics.score(step) if self.metrics is not None else None
 
     def state(self, step: int) -> RunState:
         """What must survive after `step` finished steps. A step that is being sampled ahead has not begun."""
@@ -276,8 +285,6 @@ class TrainingLoop:
         trained = sum(len(sequence) for batch in batches for sequence in batch.sequences)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         row = {f"time/{phase}": value for phase, value in seconds.items()} | {"time/step": clock.total()}
-        if self.checkpoint_seconds:
-            row["time/checkpoint"], self.checkpoint_seconds = self.checkpoint_seconds, 0.0
         return row | {
             "rate/sample": sampled / seconds["sample"],
             "rate/update": trained / (seconds["score"] + seconds["score_early"] + seconds["update"]),

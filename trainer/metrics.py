@@ -3,7 +3,7 @@
 A row is a flat dict with "kind" ("train" or "eval") and "step", the number of steps finished: a train row's first step is 1,
 and an evaluation before training has step 0. A key that does not apply is absent. Everything under TIMING_PREFIXES is
 wall-clock-like and differs between two runs that are otherwise bitwise equal (a judge is not asked again for what it decided
-before a stop); `comparable` leaves it out.
+before a stop, a disk is full once); `comparable` leaves it out.
 
 The file is the record and TensorBoard is a view of it: figures, summaries and tests read the file only.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from rollout.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
-TIMING_PREFIXES = ("time/", "rate/", "memory/", "judge/")
+TIMING_PREFIXES = ("time/", "rate/", "memory/", "judge/", "checkpoint/")
 PHASES = ("sample", "reward", "score", "update", "sync", "checkpoint", "evaluate")
 """The parts of a step; time/<phase> is in seconds."""
 LEDGER_FATES = ("trained", "recovered", "uniform", "expired", "aborted", "failed", "pending")
@@ -41,7 +41,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         kept = _reopen(path, resume_after)
-        self._evaluated = {(row["step"], row.get("name")) for row in kept if row["kind"] == "eval"}
+        self._evaluated = {(row["step"], row.get("name")): number(row, "pass@1") for row in kept if row["kind"] == "eval"}
         self._file = path.open("a", encoding="utf-8")
         purge_step = 0 if resume_after is None else resume_after + 1
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
@@ -59,7 +59,7 @@ class MetricsWriter:
         self._file.write(_line(row))
         self._file.flush()
         if row["kind"] == "eval":
-            self._evaluated.add((row["step"], row.get("name")))
+            self._evaluated[row["step"], row.get("name")] = number(row, "pass@1")
         for tag, value in _scalars(row):
             self._tensorboard.add_scalar(tag, value, row["step"])
         self._tensorboard.flush()
@@ -68,6 +68,11 @@ class MetricsWriter:
         """Whether an evaluation row of this step and set is recorded: after a kill between a checkpoint and the next step, it
         tells whether the evaluation that was due is still to be done."""
         return (step, name) in self._evaluated
+
+    def score(self, step: int) -> float | None:
+        """Mean pass@1 over the sets that were evaluated after `step`; None where there is none, or one was not judged."""
+        scores = [score for (at, _), score in list(self._evaluated.items()) if at == step]
+        return sum(scores) / len(scores) if scores and None not in scores else None
 
     def close(self) -> None:
         self._file.close()

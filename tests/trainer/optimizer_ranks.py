@@ -21,7 +21,7 @@ from trainer.actor import Actor
 from trainer.adamw8bit import local
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.checkpoint import Checkpoints, RunState
-from trainer.config import ObjectiveConfig, OptimizerConfig
+from trainer.config import CheckpointConfig, ObjectiveConfig, OptimizerConfig
 from trainer.distributed import MESH_NAMES
 from trainer.optimizer import build_optimizer
 from trainer.policy import PolicyOptions, sharded
@@ -79,9 +79,9 @@ def main(rendezvous: str, folder: str) -> None:
     rounded = updated(coded_actor(copies, torch.bfloat16), 2)
     found["copy"] = {name: local(weight.detach()).clone() for name, weight in rounded.policy.named_parameters()}
 
-    checkpoints = Checkpoints(Path(folder) / "run", ranks, 1, lambda _: None)
+    checkpoints = Checkpoints(Path(folder) / "run", ranks, CheckpointConfig(keep=1), lambda _: None)
     going = updated(coded_actor(shards, torch.bfloat16), 2)
-    checkpoints.save(going, RunState(step=2))
+    checkpoints.save(going, RunState(step=2), wait=True)
     found["saved"] = {"weights": whole_weights(going.policy), "moments": whole_moments(going)}
     found["went on"] = whole_weights(updated(going).policy)
     again = coded_actor(shards, torch.bfloat16)

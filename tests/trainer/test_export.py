@@ -19,8 +19,10 @@ from rollout.ranks import Ranks
 from rollout.vllm.child import environment
 from rollout.weights.wire import dequantize, quantize
 from trainer import export
-from trainer.checkpoint import Checkpoints, RunState, complete_checkpoint
+from trainer.checkpoint import Checkpoints, RunState
+from trainer.checkpoint_folder import complete_checkpoint
 from trainer.checkpoint_weights import CheckpointWeights
+from trainer.config import CheckpointConfig
 
 
 def save(folder: Path, model: torch.nn.Module) -> Path:
@@ -65,13 +67,13 @@ def test_a_runs_policy_is_its_newest_whole_checkpoint(tmp_path):
     run = tmp_path / "run"
     with one_rank() as mesh:
         actor = build_actor(mesh, stage(OBJECTIVES["untied"]), tied=True)
-        checkpoints = Checkpoints(run, Ranks(), 3, lambda _: None)
+        checkpoints = Checkpoints(run, Ranks(), CheckpointConfig(keep=3), lambda _: None)
         weights = {}
         for step in (1, 2, 3):
             with torch.no_grad():
                 for parameter in actor.policy.parameters():
                     parameter.add_(0.25)
-            checkpoints.save(actor, RunState(step=step))
+            checkpoints.save(actor, RunState(step=step), wait=True)
             weights[step] = whole_weights(actor.policy)
     next((run / "checkpoints" / "step-000003" / "dcp").glob("*.distcp")).write_bytes(b"cut")
     assert complete_checkpoint(run).name == "step-000002"

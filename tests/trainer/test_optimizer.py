@@ -30,11 +30,13 @@ from rollout.errors import InputError
 from rollout.ranks import Ranks
 from trainer import adamw8bit
 from trainer.adamw8bit import AdamW8bit, block_of, decode, encode, rounded, table, tables, update_coded, update_plain
-from trainer.adamw_offloaded import HostMemory, OffloadedAdamW
-from trainer.checkpoint import Checkpoints, RunState, complete_checkpoint
+from trainer.adamw_offloaded import OffloadedAdamW
+from trainer.checkpoint import Checkpoints, RunState
+from trainer.checkpoint_folder import complete_checkpoint
 from trainer.checkpoint_weights import CheckpointWeights
-from trainer.config import ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from trainer.config import CheckpointConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from trainer.export import export
+from trainer.host_memory import HostMemory
 from trainer.optimizer import build_optimizer
 from trainer.policy import PolicyWeights
 from trainer.setup import build_actor as build_actor_of_run
@@ -76,7 +78,7 @@ def several(tmp_path_factory) -> tuple[list[dict], Path]:
 
 
 def checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, Ranks(), 1, lambda _: None)
+    return Checkpoints(folder, Ranks(), CheckpointConfig(keep=1), lambda _: None)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -124,7 +126,7 @@ def test_offloaded_moments_change_no_bit(mesh, tmp_path):
     for name, writer in writers.items():
         actor = small_actor(mesh, writer)
         train(actor, 2)
-        checkpoints(tmp_path / name).save(actor, RunState(step=2))
+        checkpoints(tmp_path / name).save(actor, RunState(step=2), wait=True)
         for reader in writers.values():
             again = small_actor(mesh, reader)
             assert checkpoints(tmp_path / name).resume(again).step == 2
@@ -252,11 +254,13 @@ def test_pinned_moments_lie_side_by_side(monkeypatch):
     """torch rounds a pinned allocation up to a power of two; slabs are one."""
     asked = []
     zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda size, **options: asked.append((size, options)) or zeros(size))
-    monkeypatch.setattr("trainer.adamw_offloaded.SLAB", 4 * 128)
+    monkeypatch.setattr(
+        torch, "zeros", lambda size, dtype, pin_memory: asked.append((size, pin_memory)) or zeros(size, dtype=dtype)
+    )
+    monkeypatch.setattr("trainer.host_memory.SLAB", 512)
     host = HostMemory(pinned=True)
-    found = [host.zeros(zeros(*shape)) for shape in ((6, 10), (50,), (40,), (200,), (3,))]
-    assert asked == [(size, {"pin_memory": True}) for size in (128, 128, 200, 128)]
+    found = [host.zeros(torch.Size(shape)) for shape in ((6, 10), (50,), (40,), (200,), (3,))]
+    assert asked == [(size, True) for size in (512, 512, 832, 512)]
     assert [tuple(each.shape) for each in found] == [(6, 10), (50,), (40,), (200,), (3,)]
     for number, each in enumerate(found):
         each.fill_(number)
@@ -470,7 +474,7 @@ def test_bf16_weights_are_pushed_saved_resumed_and_exported(mesh, tmp_path):
     assert {meta.dtype for meta in PolicyWeights(actor.policy).metadata()} == {torch.bfloat16}
     weights = whole_weights(actor.policy)
     assert any(not torch.equal(weights[name], weight.bfloat16()) for name, weight in coded_lm().named_parameters())
-    checkpoints(tmp_path / "run").save(actor, RunState(step=2))
+    checkpoints(tmp_path / "run").save(actor, RunState(step=2), wait=True)
     again = coded_actor(mesh, torch.bfloat16)
     checkpoints(tmp_path / "run").resume(again)
     assert same(whole_weights(again.policy), weights)
@@ -485,7 +489,7 @@ def test_bf16_weights_are_pushed_saved_resumed_and_exported(mesh, tmp_path):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(mesh, tmp_path):
-    checkpoints(tmp_path).save(coded_actor(mesh, torch.float32), RunState(step=1))
+    checkpoints(tmp_path).save(coded_actor(mesh, torch.float32), RunState(step=1), wait=True)
     with pytest.raises(
         InputError, match=r"exp_avg_scale is not there|exp_avg is torch\.uint8, and this run's is torch\.float32: set"
     ):

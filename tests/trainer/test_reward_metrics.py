@@ -8,7 +8,7 @@ import pytest
 
 from rollout.reward.repetition import RepetitionLimits
 from rollout.types import Group, Prompt, Sample, Verdict
-from trainer.checkpoint import _pack_groups, _unpack_groups
+from trainer.checkpoint_state import pack_groups, unpack_groups
 from trainer.config import RepetitionConfig
 from trainer.step_row import _sampled
 
@@ -33,5 +33,5 @@ def test_a_step_reports_the_share_of_mixed_outputs():
 
 
 def test_a_checkpoint_keeps_it():
-    records, arrays = _pack_groups([group(RIGHT, MIXED)])
-    assert _unpack_groups(json.loads(json.dumps(records)), arrays)[0].verdicts == (RIGHT, MIXED)
+    records, arrays = pack_groups([group(RIGHT, MIXED)])
+    assert unpack_groups(json.loads(json.dumps(records)), arrays)[0].verdicts == (RIGHT, MIXED)

@@ -1,0 +1,30 @@
+"""Host memory that a GPU copies to and from at full speed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SLAB = 1 << 30
+"""Bytes. torch rounds each pinned allocation up to a power of two: tensors are cut from slabs that are one."""
+ALIGNMENT = 64
+
+
+class HostMemory:
+    """Zeros on the host; pinned ones side by side in slabs."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._slab = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self._pinned:
+            return torch.zeros(shape, dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        room = -(-size // ALIGNMENT) * ALIGNMENT
+        if room > len(self._slab):
+            self._slab = torch.zeros(max(SLAB, room), dtype=torch.uint8, pin_memory=True)
+        taken, self._slab = self._slab[:size], self._slab[room:]
+        return taken.view(dtype).view(shape)
