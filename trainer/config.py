@@ -260,6 +260,8 @@ class CheckpointConfig(Section):
     every: Positive = 10
     """Steps between checkpoints; one is always written after the last step."""
     keep: Positive = 2
+    stop_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of a run that was asked to stop: for the phase under way and its checkpoint."""
 
 
 class MismatchConfig(Section):
@@ -274,7 +276,9 @@ class MismatchConfig(Section):
 
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
-    """Deadline of a collective."""
+    """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
+    the run with a report (docs/stopping.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks may
+    wait for each other."""
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
     every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""

@@ -18,7 +18,7 @@ import torch
 from rollout.engine import Decoding, EngineError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
-from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled
+from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled, SamplingStopped
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, Scoring
 from trainer.batch import MiniBatch, mini_batch, mini_batches
@@ -34,6 +34,13 @@ from trainer.setup import Parts
 from trainer.step_row import step_row, unjudged_note
 
 
+class RunStopped(Exception):
+    """The run was asked to stop, and has; what it learnt in `step` steps is kept."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command continues")
+
+
 class TrainingLoop:
     """inputs: rank 0's prompts, None elsewhere. console: the real one on rank 0."""
 
@@ -42,15 +49,17 @@ class TrainingLoop:
         self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint.keep, console.note)
         self.metrics: MetricsWriter | None = None
         self.watch = MismatchWatch(bounds_of(config, parts.precision), console.note)
-        self.ahead = Lookahead()
+        self.ahead = Lookahead(ranks.pulse.stir)
+        self.kept: int | None = None
+        """Step of the newest checkpoint."""
         self.checkpoint_seconds = 0.0
         """Of the last checkpoint; it is written after its step's row, so the next row reports it."""
 
     def run(self) -> None:
-        """To the end of the last stage."""
+        """To the end of the last stage. Raises RunStopped where it was asked to stop before."""
         step = self.resume()
         self.push_weights(step)
-        if step == 0:
+        if self.ranks.broadcast(self.metrics is not None and self.owes_evaluation(step)):
             self.evaluate(step)
         while step < self.config.total_steps:
             step = self.train_step(step)
@@ -64,6 +73,7 @@ class TrainingLoop:
     def train_step(self, step: int) -> int:
         """One step of the recipe. Returns how many steps are finished now."""
         stage = self.config.stages[self.config.stage_of(step)]
+        self.ranks.pulse.step = step + 1
         clock = Clock()
         scoring = self.early_scoring(stage)
         before = self.state(step)
@@ -113,6 +123,8 @@ class TrainingLoop:
             except SamplingStalled:
                 self.keep(self.ahead.before)
                 raise
+            except SamplingStopped:
+                self.stop_as_asked(self.ahead.before)
         before = self.state(step)
         early = None
         if scoring is not None:
@@ -125,6 +137,8 @@ class TrainingLoop:
         except SamplingStalled:
             self.keep(before)
             raise
+        except SamplingStopped:
+            self.stop_as_asked(before)
 
     def look_ahead(self, step: int) -> None:
         """Starts sampling step `step`, unless the run ends before it."""
@@ -163,6 +177,12 @@ class TrainingLoop:
         """No engine, no run: what was learnt so far is kept."""
         self.save(state)
         raise EngineError(f"{error}; stopped after step {state.step}, which is kept: the same command continues from there")
+
+    def stop_as_asked(self, state: RunState) -> NoReturn:
+        """state: before the sampling that was abandoned."""
+        if state.step != self.kept:
+            self.keep(state)
+        raise RunStopped(state.step)
 
     def draw(self, step: int, stage: StageConfig) -> Draw:
         """What this step asks of the sampler."""
@@ -204,6 +224,11 @@ class TrainingLoop:
     def due(self, step: int, every: int | None) -> bool:
         return step == self.config.total_steps or (every is not None and step % every == 0)
 
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether an evaluation after `step` is due and not recorded: the first, or one that a stop cut short. On rank 0."""
+        due = step == 0 or self.due(step, self.config.evaluation.every)
+        return due and any(not self.metrics.has_evaluation(step, each.name) for each in self.config.evaluation.sets)
+
     def evaluate(self, step: int) -> None:
         sets = self.inputs.evaluation if self.inputs is not None else {}
         self.ahead.wait()  # one generation at a time
@@ -212,6 +237,8 @@ class TrainingLoop:
             rows = evaluate(self.parts.sampler, sets, self.config, self.ranks, step)
         except EngineError as error:
             self.stop(self.state(step), error)
+        except SamplingStopped:
+            self.stop_as_asked(self.state(step))
         for row in rows:
             self.metrics.write(row)
             self.console.evaluation(row)
@@ -220,6 +247,7 @@ class TrainingLoop:
         start = time.perf_counter()
         with self.console.phase("checkpoint", None, "files"):
             self.checkpoints.save(self.parts.actor, state)
+        self.kept = state.step
         self.checkpoint_seconds = time.perf_counter() - start
 
     def state(self, step: int) -> RunState:
@@ -237,6 +265,7 @@ class TrainingLoop:
         Only then is the configuration written: until here, what the folder holds may prove not to go with it.
         """
         state = self.checkpoints.resume(self.parts.actor)
+        self.kept = state.step or None
         if self.ranks.first:
             self.restore(state)
             self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
