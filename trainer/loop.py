@@ -19,7 +19,7 @@ from rollout.engine import Decoding, EngineError
 from rollout.errors import InputError
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
-from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled
+from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled, SamplingStopped
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, Scoring
 from trainer.batch import MiniBatch, mini_batch, mini_batches
@@ -35,6 +35,13 @@ from trainer.setup import Parts
 from trainer.step_row import step_row, unjudged_note
 
 
+class RunStopped(Exception):
+    """The run was asked to stop, and has; what it learnt in `step` steps is kept."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command continues")
+
+
 class TrainingLoop:
     """inputs: rank 0's prompts, None elsewhere. console: the real one on rank 0."""
 
@@ -43,17 +50,18 @@ class TrainingLoop:
         self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint, console.note, self.score_of)
         self.metrics: MetricsWriter | None = None
         self.watch = MismatchWatch(bounds_of(config, parts.precision), console.note)
-        self.ahead = Lookahead()
+        self.ahead = Lookahead(ranks.pulse.stir)
 
     def run(self) -> None:
-        """To the end of the last stage. However it ends, a checkpoint that is being written is finished."""
+        """To the end of the last stage. However it ends, a checkpoint that is being written is finished. Raises RunStopped where
+        it was asked to stop before."""
         with self.checkpoints:
             self.run_steps()
 
     def run_steps(self) -> None:
         step = self.resume()
         self.push_weights(step)
-        if step == 0:
+        if self.ranks.broadcast(self.metrics is not None and self.owes_evaluation(step)):
             self.evaluate(step)
         while step < self.config.total_steps:
             step = self.train_step(step)
@@ -67,6 +75,7 @@ class TrainingLoop:
     def train_step(self, step: int) -> int:
         """One step of the recipe. Returns how many steps are finished now."""
         stage = self.config.stages[self.config.stage_of(step)]
+        self.ranks.pulse.step = step + 1
         clock = Clock()
         scoring = self.early_scoring(stage)
         before = self.state(step)
@@ -117,6 +126,8 @@ class TrainingLoop:
             except SamplingStalled:
                 self.keep(self.ahead.before)
                 raise
+            except SamplingStopped:
+                self.stop_as_asked(self.ahead.before)
         before = self.state(step)
         early = None
         if scoring is not None:
@@ -129,6 +140,8 @@ class TrainingLoop:
         except SamplingStalled:
             self.keep(before)
             raise
+        except SamplingStopped:
+            self.stop_as_asked(before)
 
     def look_ahead(self, step: int) -> None:
         """Starts sampling step `step`, unless the run ends before it."""
@@ -171,6 +184,11 @@ class TrainingLoop:
             raise InputError(f"{lost}; it was to be kept because {error}") from error
         raise EngineError(f"{error}; stopped after step {state.step}, which is kept: the same command continues from there")
 
+    def stop_as_asked(self, state: RunState) -> NoReturn:
+        """state: before the sampling that was abandoned."""
+        self.keep(state)
+        raise RunStopped(state.step)
+
     def draw(self, step: int, stage: StageConfig) -> Draw:
         """What this step asks of the sampler."""
         batch = stage.batch
@@ -211,6 +229,11 @@ class TrainingLoop:
     def due(self, step: int, every: int | None) -> bool:
         return step == self.config.total_steps or (every is not None and step % every == 0)
 
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether an evaluation after `step` is due and not recorded: the first, or one that a stop cut short. On rank 0."""
+        due = step == 0 or self.due(step, self.config.evaluation.every)
+        return due and any(not self.metrics.has_evaluation(step, each.name) for each in self.config.evaluation.sets)
+
     def evaluate(self, step: int) -> None:
         sets = self.inputs.evaluation if self.inputs is not None else {}
         self.ahead.wait()  # one generation at a time
@@ -219,6 +242,8 @@ class TrainingLoop:
             rows = evaluate(self.parts.sampler, sets, self.config, self.ranks, step)
         except EngineError as error:
             self.stop(self.state(step), error)
+        except SamplingStopped:
+            self.stop_as_asked(self.state(step))
         for row in rows:
             self.metrics.write(row)
             self.console.evaluation(row)

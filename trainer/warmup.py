@@ -26,6 +26,8 @@ from trainer.preflight import read
 
 
 def main(arguments: list[str]) -> int:
+    if launch.is_rank():
+        launch.die_with_torchrun()
     options = launch.parse("trainer.warmup", "Supervised warm-up on worked solutions in the R1 form.", arguments)
     config = load_config(options.config, options.overrides)
     prompts = check(config, options.config)

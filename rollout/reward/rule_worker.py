@@ -16,7 +16,8 @@ import signal
 import time
 from typing import Any
 
-from rollout.reward.checker import Checker, DiedError, LateError, die_with
+from rollout.process import die_with
+from rollout.reward.checker import Checker, DiedError, LateError
 from rollout.reward.puzzle_answers import refusal
 
 SCORERS = {"math-verify": "math_verify", "reasoning-gym": "reasoning_gym"}
