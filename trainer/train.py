@@ -76,7 +76,7 @@ def train(config: RunConfig, inputs: Inputs | None, watch: Watch) -> str | None:
     with watch:
         # Imported under the watch: on a network file system this may hang, too.
         from trainer.distributed import process_group
-        from trainer.loop import RunStopped, TrainingLoop
+        from trainer.loop import StoppedAsAsked, TrainingLoop
         from trainer.setup import build_parts
 
         stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
@@ -86,7 +86,7 @@ def train(config: RunConfig, inputs: Inputs | None, watch: Watch) -> str | None:
             with console, closing(build_parts(config, ranks, mesh, device, console, watch)) as parts:
                 try:
                     TrainingLoop(config, inputs, parts, ranks, console).run()
-                except RunStopped as stopped:
+                except StoppedAsAsked as stopped:
                     return str(stopped)
     return None
 
