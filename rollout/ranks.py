@@ -32,8 +32,10 @@ class Ranks:
         """Whether this rank holds the run's state and takes its decisions."""
         return self.rank == 0
 
-    def another(self, timeout_seconds: float, pulse: Pulse) -> Ranks:
-        """The same ranks over a group of their own, for a second thread with a pulse of its own. A collective."""
+    def another(self, timeout_seconds: float, pulse: Pulse | None = None) -> Ranks:
+        """The same ranks over a group of their own, for a second thread with a pulse of its own; None: one that nobody watches,
+        for a thread that has its own deadlines. A collective."""
+        pulse = pulse or Pulse()
         if self.size == 1:
             return replace(self, pulse=pulse)
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))

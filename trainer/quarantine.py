@@ -27,7 +27,7 @@ from rollout.ranks import Ranks
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, UpdateResult
 from trainer.batch import TokenSequence
-from trainer.checkpoint import _pack_groups, _unpack_groups
+from trainer.checkpoint_state import pack_groups, unpack_groups
 
 FOLDER = "quarantine"
 FORMAT = 1
@@ -70,7 +70,7 @@ class Quarantine:
     def _write(
         self, facts: dict[str, Any], groups: Sequence[Group], batch: ScoredMiniBatch, recomputed: dict[bytes, np.ndarray]
     ) -> None:
-        records, arrays = _pack_groups(list(groups))
+        records, arrays = pack_groups(list(groups))
         sequences = iter(batch.whole.sequences)
         for g, group in enumerate(groups):
             for k in range(len(group.samples)):
@@ -105,7 +105,7 @@ def read_batch(folder: Path) -> KeptBatch:
     records = record.pop("groups")
     advantages = [each.pop("advantages") for each in records]
     recomputed = [[arrays[f"{g}.{k}.recomputed"] for k in range(len(row))] for g, row in enumerate(advantages)]
-    return KeptBatch(record, _unpack_groups(records, arrays), advantages, recomputed)
+    return KeptBatch(record, unpack_groups(records, arrays), advantages, recomputed)
 
 
 def _facts(step: int, at: int, update: UpdateResult) -> dict[str, Any]:
