@@ -30,6 +30,8 @@ from trainer.environment import provenance
 
 OFTEN = "checkpoint.every=2"
 """Else a life of some seconds would never reach the next checkpoint."""
+CONTEXT = 120
+"""Of all three stages: a longer one takes more memory, which is no growth."""
 KINDS = ("rank 0", "rank 1", "verifier", "torchrun", "command", "all")
 SPAN = {"transformers": 40.0, "vllm": 90.0}
 MISMATCH_BOUND = 2e-5
@@ -94,7 +96,7 @@ def kills_table(outcome: Outcome) -> Table:
 
 def memory(options: Namespace, place: Place, folder: Path) -> tuple[dict, list[str]]:
     third = -(-options.steps // 3)
-    steps = [f"stages[{index}].steps={third}" for index in range(3)]
+    steps = [f"stages[{index}].{key}" for index in range(3) for key in (f"steps={third}", f"context={CONTEXT}")]
     series = watch(place, folder / "run", steps, note=lambda text: print(f"soak: {text}", flush=True))
     Console().print(memory_table(series))
     return series.as_dict(), series.faults()
