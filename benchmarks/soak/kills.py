@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.soak.place import Place, rows_of, steps_of
 from benchmarks.soak.processes import new_mark, processes_of, wait_until_gone
-from trainer.checkpoint import complete_checkpoint
+from trainer.checkpoint_folder import complete_checkpoint
 from trainer.metrics import LEDGER_FATES
 
 GONE_SECONDS = 45.0

@@ -9,6 +9,7 @@ from benchmarks.soak.kills import Kill, Outcome, consistent, last_train, lost_pr
 from benchmarks.soak.memory import Series
 from benchmarks.soak.plot import draw
 from benchmarks.soak.processes import kind_of
+from trainer.checkpoint_folder import NEEDED, STATE, describe, publish
 from trainer.metrics import LEDGER_FATES
 
 
@@ -63,15 +64,16 @@ def test_a_process_that_was_replaced_is_no_series():
 def write_run(folder, rows, *, drawn):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from trainer import checkpoint
-
     step = folder / "checkpoints/step-000002"
-    step.mkdir(parents=True)
-    (step / "state.json").write_text(json.dumps({"sources": {"a": {"epoch": 1, "count": 30, "position": drawn - 30}}}))
-    write_manifest = getattr(checkpoint, "_write_manifest", None)
-    if write_manifest is None:
-        from trainer.checkpoint_folder import write_manifest
-    write_manifest(step)
+    beside = step.with_suffix(".tmp")
+    beside.mkdir(parents=True)
+    content = {name: b"" for name in NEEDED} | {
+        STATE: json.dumps({"sources": {"a": {"epoch": 1, "count": 30, "position": drawn - 30}}}).encode()
+    }
+    for name, value in content.items():
+        (beside / name).parent.mkdir(exist_ok=True)
+        (beside / name).write_bytes(value)
+    publish(beside, step, describe(beside, [beside / name for name in content]))
     return folder
 
 
