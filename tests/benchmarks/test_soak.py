@@ -1,14 +1,18 @@
 """What the long runs' commands count as growth, as loss and as a difference; and their pictures and tables."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks.soak import kills
 from benchmarks.soak.__main__ import kills_table, memory_table
-from benchmarks.soak.kills import Kill, Outcome, consistent, last_train, lost_prompts, same_as
+from benchmarks.soak.kills import Kill, KillSeries, Outcome, consistent, last_train, lost_prompts, same_as
 from benchmarks.soak.memory import Series
 from benchmarks.soak.plot import draw
-from benchmarks.soak.processes import kind_of
+from benchmarks.soak.processes import MARK, kind_of, new_mark, wait_until_gone
 from trainer.checkpoint_folder import NEEDED, STATE, describe, publish
 from trainer.metrics import LEDGER_FATES
 
@@ -67,7 +71,7 @@ def write_run(folder, rows, *, drawn):
     step = folder / "checkpoints/step-000002"
     beside = step.with_suffix(".tmp")
     beside.mkdir(parents=True)
-    content = {name: b"" for name in NEEDED} | {
+    content = dict.fromkeys(NEEDED, b"") | {
         STATE: json.dumps({"sources": {"a": {"epoch": 1, "count": 30, "position": drawn - 30}}}).encode()
     }
     for name, value in content.items():
@@ -139,3 +143,59 @@ def test_tables_and_pictures(tmp_path):
     machine = {"cpu": "some", "date": "2026-01-01", "commit": "abc"}
     (tmp_path / "memory.json").write_text(json.dumps(series().as_dict() | {"engine": "transformers", "machine": machine}))
     assert draw(tmp_path / "memory.json").read_bytes().startswith(b"\x89PNG")
+
+
+class Scripted:
+    """In place of a `Place`: each life is a rank that runs the next of these scripts."""
+
+    def __init__(self, *scripts):
+        self.scripts = list(scripts)
+
+    def start(self, _run, mark):
+        words = [sys.executable, "-c", self.scripts.pop(0), "trainer.train", "--checked"]
+        return subprocess.Popen(words, env=os.environ | {MARK: mark, "RANK": "0"}, start_new_session=True)
+
+
+SLEEP = "import time; time.sleep(600)"
+STRAY = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{SLEEP}'], start_new_session=True); {SLEEP}"
+
+
+def kill_series(folder, *scripts, kills=1, limit=60.0):
+    notes = []
+    series = KillSeries(
+        Scripted(*scripts), folder, ("rank 0",), kills, seed=0, span=2.0, check=lambda _: [], note=notes.append, limit=limit
+    )
+    return series.run(), notes
+
+
+def test_a_life_after_a_death(tmp_path):
+    write_run(tmp_path / "run-0", [row(1), row(2), row(3)], drawn=60)
+    outcome, notes = kill_series(tmp_path, SLEEP, SLEEP, "", kills=2)
+    assert outcome.faults == []
+    assert (outcome.survived, outcome.runs, outcome.steps, outcome.prompts, outcome.lost) == (2, 1, 3, 60, 0)
+    assert outcome.repeated == 2, "the newest checkpoint is of step 2, each time"
+    assert all(kill.gone < 10 for kill in outcome.kills)
+    assert [note.split(":")[0] for note in notes] == ["kill 1 of 2", "kill 2 of 2"]
+
+
+def test_what_outlives_a_kill_is_a_fault_and_does_not_live_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "GONE_SECONDS", 1.0)
+    write_run(tmp_path / "run-0", [row(1), row(2)], drawn=40)
+    marks = []
+    monkeypatch.setattr(kills, "new_mark", lambda: marks.append(new_mark()) or marks[-1])
+    outcome, _ = kill_series(tmp_path, STRAY, "")
+    (fault,) = outcome.faults
+    assert fault == "run-0: rank 0 killed: left after 1 s: helper"
+    assert outcome.survived == 0
+    assert all(wait_until_gone(mark, 10.0) == [] for mark in marks)
+    assert len(marks) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "fault"), [("raise SystemExit(4)", "run-0: exit code 4; read "), (SLEEP, "run-0: not at its end after 1 s; read ")]
+)
+def test_a_run_that_does_not_come_to_its_end_is_a_fault(tmp_path, script, fault):
+    outcome, _ = kill_series(tmp_path, script, kills=0, limit=1.0)
+    (found,) = outcome.faults
+    assert found.startswith(fault)
+    assert outcome.runs == 1
