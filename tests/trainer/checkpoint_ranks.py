@@ -49,6 +49,8 @@ def save(ranks: Ranks, mesh: DeviceMesh, folder: Path) -> dict:
         update(actor, UPDATES)
         with checkpoints(folder / kind, ranks=ranks) as kept:
             kept.save(actor, state_at(UPDATES))
+            for number in range(50):  # the loop's own collectives beside those of the threads that write
+                assert ranks.all_gather((ranks.rank, number)) == [(rank, number) for rank in range(ranks.size)]
             found[kind] = going_on(actor)
     return found
 

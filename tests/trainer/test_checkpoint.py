@@ -267,7 +267,7 @@ def test_what_changes_after_save_does_not_reach_the_disk(mesh, tmp_path, monkeyp
         for state_of_one in actor.optimizer.state.values():
             for value in state_of_one.values():
                 value.fill_(7)
-    torch.rand(3)
+    drawn = torch.rand(3)
     state.step = 9
     state.ledger.drawn = 9999
     state.sources["train.jsonl"]["position"] = 9999
@@ -280,6 +280,7 @@ def test_what_changes_after_save_does_not_reach_the_disk(mesh, tmp_path, monkeyp
     assert same(values_of(again), before)
     assert (found.step, found.ledger, found.sources, again.updates) == (1, expected.ledger, expected.sources, 1)
     assert [group.samples[0].token_ids.tolist() for group in found.buffer] == [[0, 1, 2], [0, 1, 2]]
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_staged_copies_share_no_memory_and_are_used_again(mesh):
