@@ -93,7 +93,8 @@ def clipped_policy_loss(
     weight_T is 0 for a token that takes no part and otherwise its share of the sum: 1 / (responses · length of its response)
     is GRPO's mean over responses, 1 / constant is DAPO's sum over tokens. k3 is the estimate of KL(policy ‖ reference).
     All inputs [T] floating; computed in fp32, or fp64 where logprob_T is fp64. Where both arms are equal (ratio inside
-    the clip) the gradient is the unclipped arm's.
+    the clip) the gradient is the unclipped arm's. A token whose advantage is 0 has a loss and a gradient of 0 whatever its
+    ratio is, also where the ratio overflows (0 · inf counts as 0); a NaN stays one.
     """
     dtype = torch.promote_types(logprob_T.dtype, torch.float32)
     logprob_T, old_logprob_T, advantage_T, weight_T = (
@@ -102,7 +103,7 @@ def clipped_policy_loss(
     active_T = weight_T != 0
     log_ratio_T = torch.where(active_T, logprob_T - old_logprob_T, 0)
     ratio_T = log_ratio_T.exp()
-    free_T = -ratio_T * advantage_T
+    free_T = -torch.where((advantage_T == 0) & (ratio_T == math.inf), 0, ratio_T) * advantage_T
     held_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T
     low_T = active_T & (advantage_T < 0) & (ratio_T < 1 - clip_low)
     high_T = active_T & (advantage_T > 0) & (ratio_T > 1 + clip_high)

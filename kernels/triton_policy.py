@@ -44,7 +44,8 @@ def _token_loss(logprob, old_logprob, advantage, clip_low, clip_high):
     """(loss, slope by logprob, cut low, cut high, ratio, log ratio) of tokens: `reference.clipped_policy_loss`."""
     log_ratio = logprob - old_logprob
     ratio = _exp(log_ratio)
-    free = -ratio * advantage
+    # An advantage of 0 gives a loss of 0 also where the ratio has overflown; NaN stays.
+    free = tl.where((advantage == 0) & (ratio == float("inf")), 0.0, -ratio * advantage)
     inside = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
     held = -tl.where(ratio != ratio, ratio, inside) * advantage
     low = (advantage < 0) & (ratio < 1.0 - clip_low)

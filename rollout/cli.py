@@ -7,25 +7,26 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rollout.errors import EngineError, InputError
+from rollout.errors import EngineError, InputError, RunStopped
 
 EXIT_INPUT = 2
 EXIT_ENGINE = 3
+EXIT_STOPPED = 3  # as where an engine is lost: the run is kept, and someone must look before it goes on
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a command ended by Ctrl-C
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits with the code it returns.
 
-    An InputError becomes one line on stderr, `keju: error: …`, and exit code 2; an EngineError one line and exit code 3; Ctrl-C
-    becomes exit code 130. Any other exception is a defect and keeps its traceback.
+    An InputError becomes one line on stderr, `keju: error: …`, and exit code 2; an EngineError or RunStopped one line and exit
+    code 3; Ctrl-C becomes exit code 130. Any other exception is a defect and keeps its traceback.
     """
     try:
         code = main(sys.argv[1:])
-    except (InputError, EngineError) as error:
+    except (InputError, EngineError, RunStopped) as error:
         # A message may quote a file's content; joined, it is one line whatever it quotes.
         print("keju: error:", " ".join(str(error).split()), file=sys.stderr)
-        code = EXIT_INPUT if isinstance(error, InputError) else EXIT_ENGINE
+        code = EXIT_INPUT if isinstance(error, InputError) else EXIT_ENGINE if isinstance(error, EngineError) else EXIT_STOPPED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)

@@ -1,5 +1,6 @@
 """A wait that nothing can interrupt (a collective, a gather of shards) gets an end: past it the process says where it hangs, and
-where the other ranks are, and exits with code 3.
+where the other ranks are, and exits with code 3. In a run the words go to whoever watches it, who writes the report
+(`trainer.watch`).
 
     with Deadline(300, "rank 1: push of version 7", board) as deadline:
         deadline.at("gathering model.layers.3.mlp.up_proj.weight")      # starts the time anew
@@ -13,6 +14,8 @@ import os
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 EXIT_HUNG = 3
@@ -20,6 +23,22 @@ POST_SECONDS = 1.0
 """Between two lines on the board."""
 OTHERS_SECONDS = 5.0
 """For reading it."""
+
+
+_reporter: Callable[[str], object] | None = None
+_under_way: weakref.WeakSet[Deadline] = weakref.WeakSet()
+
+
+def report_to(reporter: Callable[[str], object] | None) -> None:
+    """Whoever is told what hangs, in one line, and ends the process (exit code 3); where it returns, the process ends all the
+    same. None: the line and the stacks go to stderr."""
+    global _reporter
+    _reporter = reporter
+
+
+def under_way() -> list[str]:
+    """What this process waits for under a deadline now."""
+    return [deadline.text() for deadline in list(_under_way)]
 
 
 class Board(Protocol):
@@ -42,13 +61,18 @@ class Deadline:
 
     def __enter__(self) -> Deadline:
         self.at("its start")
+        _under_way.add(self)
         # Two threads: a board that does not answer must not keep the watch from its end.
-        for task, name in ((self._watch, "keju-deadline"), (self._post, "keju-board")):
-            threading.Thread(target=task, name=name, daemon=True).start()
+        for task in (self._watch, self._post) if self._board is not None else (self._watch,):
+            threading.Thread(target=task, name="keju-deadline", daemon=True).start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        _under_way.discard(self)
         self._over.set()
+
+    def text(self) -> str:
+        return f"{self._call}: {self._where}"
 
     def at(self, where: str) -> None:
         """Something was reached; what comes next may take as long again. Costs next to nothing: the board learns it later."""
@@ -60,21 +84,21 @@ class Deadline:
                 self._give_up()
 
     def _post(self) -> None:
-        if self._board is None:
-            return
         posted = None
         while True:
             if (where := self._where) != posted:
                 with contextlib.suppress(Exception):  # whoever holds the board is gone; that is for others to say
-                    self._board.write(f"{self._call}: {where}")
+                    self._board.write(self.text())
                 posted = where
             if self._over.wait(min(POST_SECONDS, self._seconds / 4)):
                 return
 
     def _give_up(self) -> None:
         try:
-            line = f"keju: error: {self._call}: {self._where}: nothing for {self._seconds:g} s"
-            print(line + "".join(f"; {other}" for other in self._others()), file=sys.stderr, flush=True)
+            line = f"{self.text()}: nothing for {self._seconds:g} s" + "".join(f"; {other}" for other in self._others())
+            if _reporter is not None:
+                _reporter(line)
+            print(f"keju: error: {line}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         finally:
             os._exit(EXIT_HUNG)

@@ -45,7 +45,8 @@ class Decoding:
 
 
 Progress = Callable[[int, int], None]
-"""Called with (outputs finished, tokens sampled) since the last call."""
+"""Called with (outputs finished, tokens sampled) since the last call; (0, 0) says only that it gets on. Where the engine does not
+stream, what it raises ends the generation."""
 
 
 class Generation(Protocol):

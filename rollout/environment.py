@@ -1,18 +1,18 @@
-"""What must hold before anything heavy is imported, one writer a run folder, and what a measurement was taken on."""
+"""What must hold before anything heavy is imported, and what a measurement was taken on."""
 
 from __future__ import annotations
 
 import datetime
-import fcntl
 import importlib.metadata
-import json
 import os
 import platform
-import socket
 import subprocess
 from pathlib import Path
 
 from rollout.errors import InputError
+from rollout.run_lock import RunLock
+
+__all__ = ["RunLock", "check_packages", "commit", "cpu_model", "provenance", "version_of"]
 
 
 def check_packages() -> None:
@@ -23,42 +23,6 @@ def check_packages() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     raise InputError(f"environment: the distribution 'kernels' {version} hides Keju's own package; run: pip uninstall kernels")
-
-
-class RunLock:
-    """Exclusive use of a run folder, at most as long as this process lives: the kernel drops the lock with the process, so none
-    goes stale.
-
-    Raises InputError naming the owner where another living process holds it.
-    """
-
-    def __init__(self, run: Path) -> None:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            self._file = open(run / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held open is what holds the lock)
-        except OSError as error:
-            raise InputError(f"{run}: run: cannot be used as a run folder ({error.strerror}); name another") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "an unknown process"
-            self._file.close()
-            raise InputError(f"{run}: run: in use by a living run ({owner}); stop it or name another run folder") from None
-        except OSError as error:
-            raise InputError(f"{run}: run: its file system cannot lock ({error.strerror}); name another run folder") from None
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.release()
 
 
 def provenance() -> dict[str, str]:

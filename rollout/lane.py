@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+from rollout.deadline import Deadline
 from rollout.engine import Decoding, Engine, Generation, Progress, Request
 from rollout.types import Prompt, Sample, Verdict
 
@@ -40,9 +42,13 @@ class Judged:
 
 class Lane:
     """A context manager; the judging thread ends with it. `judging`: seconds that it has judged; `waited`: seconds of them that
-    the rank had nothing else to wait for."""
+    the rank had nothing else to wait for. judge_seconds: deadline of one call of the judge, past which the process ends
+    (`rollout.deadline`); the verifiers' own are shorter, this one is for what they do not hold. None: no deadline."""
 
-    def __init__(self, engine: Engine, judge: Judge, progress: Progress, *, overlap: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, judge: Judge, progress: Progress, *, overlap: bool = True, judge_seconds: float | None = None
+    ) -> None:
+        self._judge_seconds = judge_seconds
         self._engine, self._judge, self._progress, self._overlap = engine, judge, progress, overlap
         self._generation: Generation | None = None
         self._jobs: list[Job] = []
@@ -111,6 +117,10 @@ class Lane:
 
     def _judge_all(self, finished: Sequence[tuple[Job, Sample]]) -> list[Judged]:
         start = time.perf_counter()
-        verdicts = self._judge.judge([(job.prompt, sample) for job, sample in finished])
+        limit = nullcontext()
+        if self._judge_seconds is not None:
+            limit = Deadline(self._judge_seconds, f"judging {len(finished)} outputs")
+        with limit:
+            verdicts = self._judge.judge([(job.prompt, sample) for job, sample in finished])
         self.judging += time.perf_counter() - start
         return [Judged(job.place, job.output, sample, verdict) for (job, sample), verdict in zip(finished, verdicts, strict=True)]

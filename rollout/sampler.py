@@ -35,6 +35,10 @@ RECOVERIES = 3
 """Times that lost engines are started anew in one step before the run is given up."""
 
 
+class SamplingStopped(Exception):
+    """The run is to stop, so the sampling was abandoned; the ledger and the cursor are somewhere within the step."""
+
+
 class SamplingStalled(InputError):
     """A step did not find its N groups in the rounds it may take: the prompts do not suit the policy, which a user can mend."""
 
@@ -99,6 +103,7 @@ class Orders:
     ended: bool = False
     failed: str = ""
     stalled: str = ""
+    stopped: bool = False
     prompts: tuple[tuple[int, Prompt, np.ndarray], ...] = ()
     """A round's (place, prompt, token ids), without those that are too long."""
     round: int = -1
@@ -127,6 +132,7 @@ class _Flying:
     errors: Sequence[str | None] = ()
     scored: list[int] = field(default_factory=list)
     restarts: int = 0
+    stopped: bool = False
 
 
 Encode = Callable[[Prompt], list[int]]
@@ -138,7 +144,8 @@ what befell each rank's. Raises EngineError, on every rank, where that fails."""
 class Sampler:
     """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`. recover: None where a lost
     engine ends the step. overlap: False for one thing after the other, with the same outcome. hosts: the ranks whose
-    engines are asked; None: all."""
+    engines are asked; None: all. stopping: whether the run is to stop; asked on every rank, decided on rank 0. judge_seconds:
+    deadline of judging what has come at once."""
 
     def __init__(
         self,
@@ -152,7 +159,10 @@ class Sampler:
         *,
         overlap: bool = True,
         hosts: Sequence[int] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+        judge_seconds: float | None = None,
     ) -> None:
+        self._stopping, self._judge_seconds = stopping, judge_seconds
         self._engine = engine
         self._judge = judge
         self._encode = encode
@@ -170,8 +180,8 @@ class Sampler:
 
     def collect(self, draw: Draw, source: PromptSource | None, early: EarlyScoring | None = None) -> Collected:
         """Algorithm 1's loop for one step. Raises, on every rank: SamplingStalled where max_rounds rounds find no N groups;
-        EngineError where an engine is lost for good, or the judge silent for max_unjudged_rounds, and then the ledger and the
-        cursor are somewhere within the step."""
+        SamplingStopped; EngineError where an engine is lost for good, or the judge silent for max_unjudged_rounds, and then the
+        ledger and the cursor are somewhere within the step."""
         state = self.state
         recovered = self._recovered(draw)
         collector = BatchCollector(draw.step, draw.groups, draw.dynamic, recovered, state.ledger)
@@ -211,7 +221,7 @@ class Sampler:
         note: str = "",
     ) -> list[Group]:
         """G outputs of each prompt under the current weights, with verdicts, outside the ledger; on rank 0 the groups, elsewhere
-        an empty list. Raises EngineError, on every rank, where an engine is lost for good."""
+        an empty list. Raises, on every rank: EngineError where an engine is lost for good; SamplingStopped."""
         if not prompts:
             return []
         flight = Flight(step, group_size, needed=0, dynamic=False)
@@ -231,11 +241,16 @@ class Sampler:
         start = time.perf_counter()
         rounds = 0
         streams = self._engine.streams and self._overlap
-        with ExitStack() as phases, Lane(self._engine, self._judge, self._advance, overlap=self._overlap) as lane:
+        lane = Lane(self._engine, self._judge, self._advance, overlap=self._overlap, judge_seconds=self._judge_seconds)
+        with ExitStack() as phases, lane:
             self._facts = {}
             while True:
                 first = flying.flight is not None
+                flying.stopped |= self._stopping()
                 orders = self._ranks.broadcast(decide(flying, streams, self._ids) if first else None)
+                if orders.stopped:
+                    self._quietly(lane.abort)
+                    raise SamplingStopped
                 if orders.failed or orders.stalled:
                     self._quietly(lane.abort)
                     raise EngineError(orders.failed) if orders.failed else SamplingStalled(orders.stalled)
@@ -277,16 +292,20 @@ class Sampler:
 
     def _tick(self, lane: Lane, flying: _Flying, error: str | None) -> None:
         judged: list[Judged] = []
+        stopped = False
         if error is None:
             try:
                 judged = lane.poll(TICK_SECONDS)
             except EngineError as lost:
                 error = str(lost)
-        parts = self._ranks.gather((judged, error))
+            except SamplingStopped:
+                stopped = True
+        parts = self._ranks.gather((judged, error, stopped))
         if flying.flight is not None:
-            for part, _ in parts:
+            for part, _, _ in parts:
                 flying.flight.take(part)
-            flying.errors = tuple(each for _, each in parts)
+            flying.errors = tuple(each for _, each, _ in parts)
+            flying.stopped |= any(each for _, _, each in parts)
             self._facts["groups"] = flying.note(flying.flight)
 
     def _start_anew(self, lane: Lane, flying: _Flying, lost: Sequence[str | None]) -> str | None:
@@ -309,7 +328,9 @@ class Sampler:
         return None
 
     def _advance(self, outputs: int, tokens: int) -> None:
-        self._bar.advance(outputs, tokens=tokens, **self._facts)
+        if not self._engine.streams and self._stopping():
+            raise SamplingStopped  # nobody waits for a batch that nobody will train on
+        self._bar.advance(outputs, **({"tokens": tokens, **self._facts} if outputs or tokens else {}))
 
     def _draw_prompts(self, draw: Draw, flight: Flight, source: PromptSource) -> Sequence[Prompt]:
         """Algorithm 1 draws a whole round; without dynamic sampling, just what is missing. At least one round is drawn."""
@@ -336,6 +357,8 @@ class Sampler:
 def decide(flying: _Flying, streams: bool, encode: Callable[[Prompt], np.ndarray]) -> Orders:
     """Rank 0's next orders. streams: whether the engines take more requests while they decode."""
     flight = flying.flight
+    if flying.stopped:
+        return Orders(stopped=True)
     if any(flying.errors):
         lost, flying.errors = tuple(flying.errors), ()
         if not flying.restarts_left:

@@ -8,12 +8,14 @@ token was drawn from them, so it keeps one step alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rollout.deadline import Deadline
 from rollout.decode_attention import NAME as DECODE_ATTENTION
 from rollout.engine import Decoding, EngineError, Progress, Request, drain
 from rollout.types import Sample
@@ -23,13 +25,22 @@ from rollout.weights.source import WeightSource
 class TransformersEngine:
     """model: a causal model of its own (not the trained one), in evaluation mode. end_token_ids: any of them ends an output.
 
-    tokens_per_batch bounds sequences × (prompt + max_new_tokens) of one `generate` call.
+    tokens_per_batch bounds sequences × (prompt + max_new_tokens) of one `generate` call. silence_seconds: deadline of each token,
+    past which the process ends (`rollout.deadline`); None: no deadline.
     """
 
     name = "transformers"
     streams = False
 
-    def __init__(self, model: nn.Module, *, end_token_ids: Sequence[int], tokens_per_batch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        end_token_ids: Sequence[int],
+        tokens_per_batch: int,
+        silence_seconds: float | None = None,
+    ) -> None:
+        self._silence_seconds = silence_seconds
         model.set_attn_implementation(DECODE_ATTENTION)
         self._model = model.requires_grad_(False).eval()
         # What `generate` is not told it takes from the model folder's generation_config.json, and a repetition penalty from there
@@ -82,7 +93,7 @@ class TransformersEngine:
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(decoding.seed)
             for indices in self._batches(requests, decoding.max_new_tokens):
-                batch = self._generate_batch([requests[index] for index in indices], decoding)
+                batch = self._generate_batch([requests[index] for index in indices], decoding, progress)
                 for index, sample in zip(indices, batch, strict=True):
                     samples[index] = sample
                 if progress is not None:
@@ -109,7 +120,7 @@ class TransformersEngine:
             yield order[:count]
             order = order[count:]
 
-    def _generate_batch(self, requests: Sequence[Request], decoding: Decoding) -> list[Sample]:
+    def _generate_batch(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None) -> list[Sample]:
         width = max(len(request.prompt_token_ids) for request in requests)
         pad = self._end_token_ids[0]
         input_ids = torch.full((len(requests), width), pad, dtype=torch.long)
@@ -119,23 +130,29 @@ class TransformersEngine:
             input_ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         recorder = _SampledLogprobs(decoding.temperature)
-        output = self._model.generate(
-            input_ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            logits_processor=LogitsProcessorList([recorder]),
-            generation_config=GenerationConfig(
-                max_new_tokens=decoding.max_new_tokens,
-                do_sample=not decoding.greedy,
-                temperature=None if decoding.greedy else 1.0,
-                top_k=None if decoding.greedy else 0,
-                top_p=None if decoding.greedy else decoding.top_p,
-                eos_token_id=self._end_token_ids,
-                pad_token_id=pad,
-            ),
-        )
+        with self._deadline(len(requests)) as deadline:
+            output = self._model.generate(
+                input_ids.to(self._device),
+                attention_mask=mask.to(self._device),
+                logits_processor=LogitsProcessorList([recorder, _EachToken(deadline, progress)]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=decoding.max_new_tokens,
+                    do_sample=not decoding.greedy,
+                    temperature=None if decoding.greedy else 1.0,
+                    top_k=None if decoding.greedy else 0,
+                    top_p=None if decoding.greedy else decoding.top_p,
+                    eos_token_id=self._end_token_ids,
+                    pad_token_id=pad,
+                ),
+            )
         tokens = output[:, width:].cpu().numpy().astype(np.int32)
         logprobs = recorder.finish(output).cpu().numpy()
         return [self._sample(row_tokens, row_logprobs) for row_tokens, row_logprobs in zip(tokens, logprobs, strict=True)]
+
+    def _deadline(self, sequences: int) -> AbstractContextManager[Deadline | None]:
+        if self._silence_seconds is None:
+            return nullcontext()
+        return Deadline(self._silence_seconds, f"the embedded engine's generate of {sequences} outputs")
 
     def _sample(self, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
         """Cuts a row after its first end token; a row without one ran into the limit."""
@@ -165,6 +182,21 @@ class BatchGeneration:
 
     def abort(self) -> None:
         self._requests = ()
+
+
+class _EachToken(LogitsProcessor):
+    """Says that it gets on."""
+
+    def __init__(self, deadline: Deadline | None, progress: Progress | None) -> None:
+        self._deadline, self._progress, self._count = deadline, progress, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - transformers' signature
+        self._count += 1
+        if self._deadline is not None:
+            self._deadline.at(f"token {self._count}")
+        if self._progress is not None:
+            self._progress(0, 0)
+        return scores
 
 
 class _SampledLogprobs(LogitsProcessor):

@@ -20,6 +20,7 @@ from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.linear_policy_loss import PolicyLoss, PolicyLossInputs, linear_policy_loss
 from trainer.batch import MicroBatch, MiniBatch, micro_batches
 from trainer.config import ActorConfig, ObjectiveConfig, StageConfig
+from trainer.guards import fault_of, unfit
 from trainer.mismatch import Mismatch, MismatchSums, tis_weights
 from trainer.optimizer import build_optimizer
 from trainer.policy import Policy
@@ -44,6 +45,10 @@ class ScoredMiniBatch:
     """Mean truncated importance weight of all ranks' response tokens, recovered ones too; without TIS no cap."""
     tis_capped: float
     """Share of them at the cap."""
+    parts: list[MiniBatch]
+    """Of each micro-batch, the part that its indices point into."""
+    fault: str | None
+    """Why it must not be trained on, as `trainer.guards.unfit` says; the same on all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,12 @@ class UpdateResult:
     lr: float
     sign_missed: bool
     """TER's assumed sign was wrong and the pass was repeated."""
-    skipped: bool
-    """The gradient was not finite: no optimizer step was taken."""
+    fault: str | None
+    """Why no optimizer step was taken (`trainer.guards.fault_of`); None: it was. The same on all ranks."""
+
+    @property
+    def skipped(self) -> bool:
+        return self.fault is not None
 
 
 class Actor:
@@ -114,17 +123,21 @@ class Actor:
 
         TER's sign is assumed from the scoring pass; where the mean entropy of this very pass lies on the other side of the
         target, the gradient is dropped and formed again with the right sign.
+
+        Where a log-probability, the loss or the gradient is not finite no step is taken: weights, moments and the rate's clock
+        are then as if the mini-batch had not been.
         """
         objective = stage.objective
         assumed = entropy_sign(batch.mean_entropy, objective)
         sums = self._gradient_pass(batch, stage, assumed, advance)
         tokens = batch.whole.response_tokens
         true_sign = entropy_sign(sums["entropy_sum"] / tokens, objective)
-        if missed := true_sign != assumed:
+        if missed := math.isfinite(sums["entropy_sum"]) and true_sign != assumed:
             self.optimizer.zero_grad()
             sums = self._gradient_pass(batch, stage, true_sign, lambda *_: None)
         mean_entropy = sums["entropy_sum"] / tokens
-        grad_norm, lr, skipped = self._step(stage.actor)
+        fault = batch.fault or fault_of(sums["policy_loss"], mean_entropy)
+        grad_norm, lr, fault = self._step(stage.actor, fault)
         return UpdateResult(
             policy_loss=sums["policy_loss"],
             entropy_loss=entropy_loss(mean_entropy, objective),
@@ -138,7 +151,7 @@ class Actor:
             grad_norm=grad_norm,
             lr=lr,
             sign_missed=missed,
-            skipped=skipped,
+            fault=fault,
         )  # fmt: skip
 
     def update_supervised(self, batch: MiniBatch, config: ActorConfig) -> tuple[float, float]:
@@ -196,28 +209,29 @@ class Actor:
         sums["ratio_min"] = -negative_min
         return sums
 
-    def _step(self, config: ActorConfig) -> tuple[float, float, bool]:
-        """Clip and step at the rate of now; no step where the gradient is not finite.
+    def _step(self, config: ActorConfig, fault: str | None = None) -> tuple[float, float, str | None]:
+        """Clip and step at the rate of now; no step where there is a fault, or the gradient is not finite.
 
-        Returns (gradient norm before the clip, learning rate, whether the step was skipped).
+        Returns (gradient norm before the clip, inf where it is not finite; learning rate; the fault).
         """
         parameters = list(self.policy.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # Copies of the model (HSDP) each sum their own shards: with one number for all they cannot drift apart.
-        norm = self.all_reduce(norm, dist.ReduceOp.MAX)
+        # Copies of the model (HSDP) each sum their own shards: with one number for all they cannot drift apart. A maximum over
+        # ranks may lose a NaN, and with it the decision to skip; it does not lose an infinity.
+        norm = self.all_reduce(norm.nan_to_num(nan=math.inf, posinf=math.inf), dist.ReduceOp.MAX)
         torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm, foreach=False)
         grad_norm = float(norm)
         lr = learning_rate(config, self.updates)
-        skipped = not math.isfinite(grad_norm)
-        if not skipped:
+        fault = fault or fault_of(grad_norm=grad_norm)
+        if fault is None:
             for group in self.optimizer.param_groups:
                 group["lr"], group["betas"], group["weight_decay"] = lr, config.betas, config.weight_decay
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
-        return grad_norm, lr, skipped
+        return grad_norm, lr, fault
 
     def all_reduce(self, value: Tensor, operation: dist.ReduceOp) -> Tensor:
         """In place, over all ranks."""
@@ -235,7 +249,8 @@ class Scoring:
     def __init__(self, actor: Actor, stage: StageConfig, token_bound: float = math.inf) -> None:
         self._actor, self._stage = actor, stage
         self._micro: list[MicroBatch] = []
-        self._sums_3 = torch.zeros(3, dtype=torch.float64, device=actor.device)
+        self._parts: list[MiniBatch] = []
+        self._sums_4 = torch.zeros(4, dtype=torch.float64, device=actor.device)
         self._mismatch = MismatchSums(token_bound, actor.device)
 
     @torch.no_grad()
@@ -246,18 +261,23 @@ class Scoring:
             entropy_R = self._actor.score_micro(micro, self._stage)
             self._mismatch.add(micro.old_logprob_R, micro.sampled_logprob_R, micro.fresh_R)
             tis_R = tis_weights(micro.old_logprob_R, micro.sampled_logprob_R, cap)
-            self._sums_3 += torch.stack([values_R.double().sum() for values_R in (entropy_R, tis_R, tis_R >= cap)])
+            lost_R = ~micro.old_logprob_R.isfinite()
+            if micro.ref_logprob_R is not None:
+                lost_R |= ~micro.ref_logprob_R.isfinite()
+            self._sums_4 += torch.stack([values_R.double().sum() for values_R in (entropy_R, tis_R, tis_R >= cap, lost_R)])
             self._micro.append(micro)
+            self._parts.append(part)
             advance(len(micro.indices))
 
     def finish(self, whole: MiniBatch) -> ScoredMiniBatch:
         """whole: all sequences that were added, in any order. Called once."""
-        means = self._actor.all_reduce(self._sums_3, dist.ReduceOp.SUM) / whole.response_tokens
+        sums_4 = self._actor.all_reduce(self._sums_4, dist.ReduceOp.SUM)
         self._actor.all_reduce(self._mismatch.sums, dist.ReduceOp.SUM)
         self._actor.all_reduce(self._mismatch.largest, dist.ReduceOp.MAX)
-        mean_entropy, tis_weight, tis_capped = means.tolist()
+        mean_entropy, tis_weight, tis_capped = (sums_4[:3] / whole.response_tokens).tolist()
         mismatch = self._mismatch.result(whole.fresh_tokens)
-        return ScoredMiniBatch(whole, self._micro, mean_entropy, mismatch, tis_weight, tis_capped)
+        fault = unfit(whole, recomputed_lost=int(sums_4[3]))
+        return ScoredMiniBatch(whole, self._micro, mean_entropy, mismatch, tis_weight, tis_capped, self._parts, fault)
 
 
 def entropy_sign(mean_entropy: float, objective: ObjectiveConfig) -> float:

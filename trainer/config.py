@@ -1,8 +1,8 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
 The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
-stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine` and `checkpoint`:
-config_engine.py, config_checkpoint.py. Nothing heavy is imported here.
+stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`, and
+`guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_guards.py. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from rollout.reward.judge.settings import address_fault
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
+from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
 from trainer.config_section import Fraction, Positive, Section
 
 
@@ -257,19 +258,13 @@ class EvaluationConfig(Section):
     """None: the last stage's response limit."""
 
 
-class MismatchConfig(Section):
-    """Bounds on |log-probability sampled - recomputed|, nats (`trainer.mismatch.bounds_of`). The paper is silent; they are
-    ours."""
-
-    token_bound: float | None = Field(default=None, gt=0)
-    """Tokens above it are counted as beyond; None: 1e-3 where engine and policy compute in fp32, else 0.2."""
-    mean_bound: float | None = Field(default=None, gt=0)
-    """A step whose mean exceeds it raises the alarm; None: 1e-4 where engine and policy compute in fp32, else 0.05."""
 
 
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
-    """Deadline of a collective."""
+    """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
+    the run with a report (docs/stopping.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks may
+    wait for each other."""
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
     every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""
@@ -333,6 +328,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mismatch: MismatchConfig = MismatchConfig()
+    guards: GuardsConfig = GuardsConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup: WarmupConfig | None = None

@@ -23,3 +23,5 @@ class CheckpointConfig(Section):
     """Deadline of each part of a write (all shards are one); past it the run stops and says where."""
     max_failures: Positive = 3
     """After so many saves in a row that the disk did not take, the run ends."""
+    stop_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of a run that was asked to stop: for the phase under way and its checkpoint."""

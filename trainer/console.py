@@ -112,6 +112,10 @@ class Console:
         self._change(lambda state: replace(state, notes=_appended(state.notes, line, NOTES_SHOWN)))
         self._plain(line)
 
+    def alarms(self, lines: tuple[str, ...]) -> None:
+        """Show these alarms while they last; a log has had a note when each began."""
+        self._change(lambda state: replace(state, alarms=lines))
+
     def close(self) -> None:
         """Leave the last view standing and give the terminal back; a second call does nothing."""
         if self._closed.is_set():
@@ -202,6 +206,9 @@ class NullConsole:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def alarms(self, lines: tuple[str, ...]) -> None:
         pass
 
     def close(self) -> None:

@@ -51,6 +51,8 @@ class State:
     phase: Phase | None = None
     evaluations: dict[str, dict] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    alarms: tuple[str, ...] = ()
+    """A line for each that lasts."""
 
 
 def render(state: State) -> RenderableType:
@@ -70,6 +72,8 @@ def render(state: State) -> RenderableType:
         lines.add_row("step", Text("the first is under way", style="dim"))
     for row in state.evaluations.values():
         lines.add_row("eval", Text(evaluation_text(row)))
+    for line in state.alarms:
+        lines.add_row(Text("ALARM", style="bold red"), Text(line, style="red"))
     notes = [Text(f"· {note}", style="dim", no_wrap=True, overflow="ellipsis") for note in state.notes[-NOTES_SHOWN:]]
     return Panel(Group(lines, *notes), title=_title(state), title_align="left", border_style="dim")
 

@@ -50,6 +50,7 @@ def build_engine(
         load_causal_lm(config.model.path, dtype, attention="sdpa").to(device),
         end_token_ids=end_token_ids,
         tokens_per_batch=config.engine.tokens_per_batch,
+        silence_seconds=config.engine.silence_seconds,
     )
 
 

@@ -12,12 +12,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rollout.deadline import EXIT_HUNG
 from rollout.errors import InputError
+from rollout.process import command_line, die_with
+from trainer.report_writer import report_paths
+from trainer.watch import STOP_FILE
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+END_SECONDS = 60
+"""Beyond the deadline of a stop: for its report."""
 
 
 def parse(module: str, description: str, arguments: list[str]) -> argparse.Namespace:
-    """config: Path; overrides: list of key=value; ranks: int; check: bool; checked: whether another process has done it."""
+    """config: Path; overrides: list of key=value; ranks, restarts: int; check: bool; checked: whether another process has
+    done it."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("config", type=Path, help="the run's YAML, such as configs/demo.yaml")
     parser.add_argument(
@@ -26,6 +38,10 @@ def parse(module: str, description: str, arguments: list[str]) -> argparse.Names
     parser.add_argument(
         "--ranks", type=_positive, default=1, metavar="N", help="start N ranks on this machine through torchrun (default 1)"
     )
+    parser.add_argument(
+        "--restarts", type=_count, default=0, metavar="N",
+        help="where a rank dies or hangs, start all ranks again from the newest checkpoint, at most N times (default 0)",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check configuration, model folder and data, start nothing")
     parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # by the process that started torchrun
     return parser.parse_intermixed_args(arguments)  # overrides may stand behind an option
@@ -36,35 +52,79 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def first_rank() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
-def torchrun(module: str, options: argparse.Namespace) -> int:
-    """Starts `options.ranks` ranks of `python -m module` on this machine and waits. Returns torchrun's exit code.
+def first_start() -> bool:
+    """Whether this is no restart by torchrun."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
-    A signal that would end this process goes to torchrun, which ends its ranks: they live in sessions of their own, where neither
-    Ctrl-C nor this process's death reaches them, and would train on. The exit code is then 128 + the signal.
+
+def die_with_torchrun() -> None:
+    """Called first of all by a rank. Ranks live in sessions of their own, where torchrun's death does not reach them."""
+    parent = os.getppid()
+    if parent == 1 and "torch" not in command_line(1):
+        os._exit(1)  # torchrun is gone already
+    die_with(parent)
+
+
+def torchrun(module: str, options: argparse.Namespace, config: RunConfig | None = None) -> int:
+    """Starts `options.ranks` ranks of `python -m module` on this machine and waits. Returns an exit code.
+
+    config: of a run that can be asked to stop. The first signal that would end this process then becomes the file RUN/stop,
+    which the ranks obey; without it, and from the second on, torchrun and its ranks are ended, and the exit code is 128 + the
+    signal. It is 3 where a rank left the report of a hang. Whatever ends this process ends torchrun, and that its ranks (on
+    Linux): they live in sessions of their own and would train on.
     """
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command += ["--max-restarts", str(getattr(options, "restarts", 0))]
     command += ["-m", module, str(options.config), *options.overrides, "--checked"]
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
+    reports: set[Path] = set()
+    if config is not None:
+        # Known to torch from 2.13 on; before, whoever signals torchrun itself gets its 30 s.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(config.checkpoint.stop_seconds + END_SECONDS)))
+        reports = report_paths(config.run)
+        (config.run / STOP_FILE).unlink(missing_ok=True)
     received: list[int] = []
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    here = os.getpid()
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with(here))
 
-    def forward(number: int, _frame: object) -> None:
+    def on_signal(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(number)
+        if config is not None and len(received) == 1:
+            (config.run / STOP_FILE).touch()
+        elif config is None and len(received) == 1:
+            process.send_signal(number)
+        else:
+            process.kill()
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    return 128 + received[0] if received else code
+    if received and (config is None or len(received) > 1):
+        return 128 + received[-1]
+    return EXIT_HUNG if code and config is not None and report_paths(config.run) - reports else code
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"command line: --ranks: {text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"command line: --restarts: {text!r} is not a whole number")
     return int(text)

@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.attention import leave_uncompiled
+from trainer.config import RunConfig
 
 aten = torch.ops.aten
 
@@ -51,6 +52,18 @@ class LayerOptions:
 KEEP_ALL = LayerOptions()
 
 
+def layer_options(config: RunConfig) -> LayerOptions:
+    """How a run's layers run; the budget is planned for the largest micro-batch."""
+    model = config.model
+    return LayerOptions(
+        checkpointing=model.gradient_checkpointing,
+        saved_bytes=int(model.saved_gib * 2**30),
+        tokens=max(stage.actor.tokens_per_micro_batch for stage in config.stages),
+        offload=model.offload_activations,
+        compile=model.compile,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What one checkpointed layer keeps beside its input."""
@@ -70,7 +83,7 @@ def kept_bytes(config: Any, tokens: int, itemsize: int) -> tuple[int, int]:
     """(of attention, of matmuls) of one layer of a transformers configuration, for `tokens` tokens; itemsize: compute dtype's."""
     heads = config.num_attention_heads
     dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_value = config.num_key_value_heads * dimension
+    key_value = (getattr(config, "num_key_value_heads", None) or heads) * dimension
     outputs = heads * dimension + 2 * key_value + config.hidden_size + 2 * config.intermediate_size
     return tokens * heads * (dimension * itemsize + 4), tokens * outputs * itemsize
 

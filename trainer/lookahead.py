@@ -17,15 +17,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rollout.errors import EngineError
-from rollout.sampler import Collected, SamplingStalled
+from rollout.sampler import Collected, SamplingStalled, SamplingStopped
 from trainer.checkpoint_state import RunState
 
 
 class Lookahead:
     """At most one batch under way. `before`: the run's state when its sampling began, from which a run must continue that did not
-    train it."""
+    train it. stir: called while the main thread waits for it, which has its own deadlines."""
 
-    def __init__(self) -> None:
+    def __init__(self, stir: Callable[[], object] = lambda: None) -> None:
+        self._stir = stir
         self._thread: threading.Thread | None = None
         self._outcome: Collected | BaseException | None = None
         self.before: RunState | None = None
@@ -50,8 +51,12 @@ class Lookahead:
         rank alone, a defect: the others wait for this one, and must see it go."""
         if self._thread is None:
             return
-        self._thread.join()
-        if isinstance(self._outcome, BaseException) and not isinstance(self._outcome, (EngineError, SamplingStalled)):
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            self._stir()
+        if isinstance(self._outcome, BaseException) and not isinstance(
+            self._outcome, (EngineError, SamplingStalled, SamplingStopped)
+        ):
             raise self._outcome
 
     def take(self) -> Collected:

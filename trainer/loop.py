@@ -16,23 +16,33 @@ from typing import Any, NoReturn
 import torch
 
 from rollout.engine import Decoding, EngineError
-from rollout.errors import InputError
+from rollout.errors import InputError, RunStopped
 from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
-from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled
+from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled, SamplingStopped
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, Scoring
+from trainer.alarms import Alarms
 from trainer.batch import MiniBatch, mini_batch, mini_batches
 from trainer.checkpoint import Checkpoints, RunState
 from trainer.config import RunConfig, StageConfig
 from trainer.config_file import dump_config
 from trainer.evaluation import evaluate
+from trainer.guards import Guard
 from trainer.lookahead import Lookahead
-from trainer.metrics import MetricsWriter
-from trainer.mismatch import MismatchWatch, bounds_of
+from trainer.metrics import MetricsWriter, train_rows
+from trainer.mismatch import bounded, bounds_of, mismatch_row
 from trainer.preflight import Inputs, source_key
+from trainer.quarantine import Quarantine
 from trainer.setup import Parts
 from trainer.step_row import step_row, unjudged_note
+
+
+class StoppedAsAsked(Exception):
+    """The run was asked to stop, and has; what it learnt in `step` steps is kept."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command continues")
 
 
 class TrainingLoop:
@@ -42,18 +52,23 @@ class TrainingLoop:
         self.config, self.inputs, self.parts, self.ranks, self.console = config, inputs, parts, ranks, console
         self.checkpoints = Checkpoints(config.run, ranks, config.checkpoint, console.note, self.score_of)
         self.metrics: MetricsWriter | None = None
-        self.watch = MismatchWatch(bounds_of(config, parts.precision), console.note)
-        self.ahead = Lookahead()
+        self.bounds = bounds_of(config, parts.precision)
+        together = config.parallel.sequence_ranks
+        self.quarantine = Quarantine(config.run, config.guards.keep, ranks, together, console.note)
+        self.guard = Guard(config.guards, str(self.quarantine.folder), console.note)
+        self.alarms = Alarms(config.alarms, config.stages, console.note, console.alarms)
+        self.ahead = Lookahead(ranks.pulse.stir)
 
     def run(self) -> None:
-        """To the end of the last stage. However it ends, a checkpoint that is being written is finished."""
+        """To the end of the last stage. However it ends, a checkpoint that is being written is finished. Raises
+        StoppedAsAsked where it was asked to stop before, RunStopped where a guard or an alarm stops it."""
         with self.checkpoints:
             self.run_steps()
 
     def run_steps(self) -> None:
         step = self.resume()
         self.push_weights(step)
-        if step == 0:
+        if self.ranks.broadcast(self.metrics is not None and self.owes_evaluation(step)):
             self.evaluate(step)
         while step < self.config.total_steps:
             step = self.train_step(step)
@@ -67,6 +82,7 @@ class TrainingLoop:
     def train_step(self, step: int) -> int:
         """One step of the recipe. Returns how many steps are finished now."""
         stage = self.config.stages[self.config.stage_of(step)]
+        self.ranks.pulse.step = step + 1
         clock = Clock()
         scoring = self.early_scoring(stage)
         before = self.state(step)
@@ -84,10 +100,12 @@ class TrainingLoop:
         sequences = sum(len(batch.sequences) for batch in batches) // self.ranks.size
         with self.console.phase("scoring", sequences, "sequences") as bar:
             scored = self.score(collected, batches, stage, step, scoring, bar.advance)
-        mismatch = self.watch.check(step + 1, [batch.mismatch for batch in scored])
+        mismatch = bounded(mismatch_row([batch.mismatch for batch in scored]), self.bounds)
         clock.lap("score")
         with self.console.phase("update", sequences, "sequences") as bar:
             updates = [self.parts.actor.update(batch, stage, bar.advance) for batch in scored]
+        self.guard.see(step + 1, [update.fault for update in updates])
+        self.quarantine.keep(step + 1, collected.batch, scored, updates)
         clock.lap("update")
         lost = None if self.config.engine.one_step_off else self.try_push(step + 1)
         clock.lap("sync")
@@ -100,6 +118,7 @@ class TrainingLoop:
             self.write(step + 1, stage, row)
         if lost is not None:
             self.stop(self.state(step + 1), lost)
+        self.stop_if_told(step + 1)
         return step + 1
 
     # sampling
@@ -117,6 +136,8 @@ class TrainingLoop:
             except SamplingStalled:
                 self.keep(self.ahead.before)
                 raise
+            except SamplingStopped:
+                self.stop_as_asked(self.ahead.before)
         before = self.state(step)
         early = None
         if scoring is not None:
@@ -129,6 +150,8 @@ class TrainingLoop:
         except SamplingStalled:
             self.keep(before)
             raise
+        except SamplingStopped:
+            self.stop_as_asked(before)
 
     def look_ahead(self, step: int) -> None:
         """Starts sampling step `step`, unless the run ends before it."""
@@ -144,14 +167,14 @@ class TrainingLoop:
             wanted = self.config.engine.kind == "vllm-server" and not self.config.engine.one_step_off
         if not wanted or stage.batch.mini_batches > 1:
             return None
-        return Scoring(self.parts.actor, stage, self.watch.bounds.token)
+        return Scoring(self.parts.actor, stage, self.bounds.token)
 
     def score(
         self, collected: Collected, batches: list[MiniBatch], stage: StageConfig, step: int, scoring: Scoring | None, advance: Any
     ) -> list[ScoredMiniBatch]:
         """The batch under the weights of now; what was scored on the way is not scored again."""
         if scoring is None or not any(collected.early):
-            return self.parts.actor.score(batches, stage, advance, self.watch.bounds.token)
+            return self.parts.actor.score(batches, stage, advance, self.bounds.token)
         rest = [group for group, early in zip(collected.batch, collected.early, strict=True) if not early]
         if rest:
             scoring.add(part_of(rest, stage, step), advance)
@@ -170,6 +193,18 @@ class TrainingLoop:
         except InputError as lost:
             raise InputError(f"{lost}; it was to be kept because {error}") from error
         raise EngineError(f"{error}; stopped after step {state.step}, which is kept: the same command continues from there")
+
+    def stop_as_asked(self, state: RunState) -> NoReturn:
+        """state: before the sampling that was abandoned."""
+        self.keep(state)
+        raise StoppedAsAsked(state.step)
+
+    def stop_if_told(self, step: int) -> None:
+        """Ends the run after `step` finished steps where the guard or an alarm that may says so."""
+        why = self.ranks.broadcast(self.guard.why_stop() or self.alarms.why_stop() if self.ranks.first else None)
+        if why is not None:
+            self.save(self.state(step), wait=True)
+            raise RunStopped(f"{why}; stopped after step {step}, which is kept: the same command continues from there")
 
     def draw(self, step: int, stage: StageConfig) -> Draw:
         """What this step asks of the sampler."""
@@ -211,6 +246,11 @@ class TrainingLoop:
     def due(self, step: int, every: int | None) -> bool:
         return step == self.config.total_steps or (every is not None and step % every == 0)
 
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether an evaluation after `step` is due and not recorded: the first, or one that a stop cut short. On rank 0."""
+        due = step == 0 or self.due(step, self.config.evaluation.every)
+        return due and any(not self.metrics.has_evaluation(step, each.name) for each in self.config.evaluation.sets)
+
     def evaluate(self, step: int) -> None:
         sets = self.inputs.evaluation if self.inputs is not None else {}
         self.ahead.wait()  # one generation at a time
@@ -219,6 +259,8 @@ class TrainingLoop:
             rows = evaluate(self.parts.sampler, sets, self.config, self.ranks, step)
         except EngineError as error:
             self.stop(self.state(step), error)
+        except SamplingStopped:
+            self.stop_as_asked(self.state(step))
         for row in rows:
             self.metrics.write(row)
             self.console.evaluation(row)
@@ -249,6 +291,9 @@ class TrainingLoop:
         if self.ranks.first:
             self.restore(state)
             self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
+            past = train_rows(self.config.run)
+            self.guard.recall(past)
+            self.alarms.recall(past)
             dump_config(self.config, self.config.run / "config.yaml")
             if state.step:
                 self.console.resumed(state.step)
@@ -273,6 +318,7 @@ class TrainingLoop:
             "weight_version": step,
         }
         row = head | measured | self.parts.paths()
+        row |= self.alarms.see(row)
         self.metrics.write(row)
         self.console.step(row)
 

@@ -106,6 +106,11 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return rows
 
 
+def train_rows(run_dir: Path) -> list[dict]:
+    """A run's train rows in order of steps."""
+    return sorted((row for row in read_metrics(run_dir) if row["kind"] == "train"), key=lambda row: row["step"])
+
+
 def comparable(row: dict) -> dict:
     """The row without what depends on the clock or the machine, so that two runs can be compared for bitwise equality."""
     return {key: value for key, value in row.items() if not key.startswith(TIMING_PREFIXES)}

@@ -17,7 +17,7 @@ A log-probability of -inf or NaN counts as beyond, and mean, k3 and maximum beco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ BINS = math.ceil(math.log(HIGH / LOW) / math.log(RATIO))
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Nats. token: of one token's |d|; mean: of their mean over a step, whose crossing is the alarm."""
+    """Nats. token: of one token's |d|; mean: of their mean over a step, whose crossing is an alarm (`trainer.alarms`)."""
 
     token: float
     mean: float
@@ -121,43 +121,31 @@ def mismatch_row(parts: Sequence[Mismatch]) -> dict[str, float]:
     }
 
 
-class MismatchWatch:
-    """Says when a run's mean mismatch leaves its bound, and when it is back; nothing in between. note: the console's."""
-
-    def __init__(self, bounds: Bounds, note: Callable[[str], None]) -> None:
-        self.bounds = bounds
-        self._note = note
-        self._outside = False
-
-    def check(self, step: int, parts: Sequence[Mismatch]) -> dict[str, float]:
-        """The metrics of step number `step` with the bounds and `mismatch/alarm`: 1 where the mean exceeds its bound or is not
-        finite. Nothing, and no change, for a step without fresh tokens."""
-        row = mismatch_row(parts)
-        if not row:
-            return {}
-        outside = not row["mismatch/mean"] <= self.bounds.mean
-        if outside != self._outside:
-            self._note(alarm_line(step, row, self.bounds) if outside else calm_line(step, row, self.bounds))
-        self._outside = outside
-        limits = {"mismatch/mean_bound": self.bounds.mean, "mismatch/token_bound": self.bounds.token}
-        return row | limits | {"mismatch/alarm": int(outside)}
+def bounded(row: dict[str, float], bounds: Bounds) -> dict[str, float]:
+    """A step's `mismatch_row` with its bounds and `mismatch/alarm`: 1 where the mean exceeds its bound or is not finite. Nothing
+    for a step without fresh tokens. `trainer.alarms` tells a person."""
+    if not row:
+        return {}
+    limits = {"mismatch/mean_bound": bounds.mean, "mismatch/token_bound": bounds.token}
+    return row | limits | {"mismatch/alarm": int(not row["mismatch/mean"] <= bounds.mean)}
 
 
-def alarm_line(step: int, row: dict[str, float], bounds: Bounds) -> str:
+def alarm_text(row: dict[str, float]) -> str:
+    """Of a metrics row, in which what is not finite may have become null."""
+    shown = {name: row.get(f"mismatch/{name}") for name in ("mean", "p999", "max", "k3", "beyond", "mean_bound", "token_bound")}
+    mean, p999, largest, k3_mean = ("not finite" if _lost(shown[n]) else f"{shown[n]:.3g}" for n in ("mean", "p999", "max", "k3"))
     return (
-        f"step {step}: sampler and trainer disagree: mean |Δ log-probability| {row['mismatch/mean']:.3g} nats, bound "
-        f"{bounds.mean:.3g} (p99.9 {row['mismatch/p999']:.3g}, max {row['mismatch/max']:.3g}, k3 {row['mismatch/k3']:.3g}, "
-        f"{row['mismatch/beyond']:.2%} of tokens beyond {bounds.token:.3g}); look at the weight push (engine.wire, its probe), "
-        "at the engine's dtype and kernels, and at mismatch/* over the last steps; objective.tis_cap bounds what it does to the "
-        "loss"
+        f"sampler and trainer disagree: mean |Δ log-probability| {mean} nats, bound {shown['mean_bound']:.3g} (p99.9 {p999}, max "
+        f"{largest}, k3 {k3_mean}, {shown['beyond']:.2%} of tokens beyond {shown['token_bound']:.3g})"
     )
 
 
-def calm_line(step: int, row: dict[str, float], bounds: Bounds) -> str:
-    return (
-        f"step {step}: sampler and trainer agree again: mean |Δ log-probability| {row['mismatch/mean']:.3g} nats, "
-        f"bound {bounds.mean:.3g}"
-    )
+def calm_text(row: dict[str, float]) -> str:
+    return f"mean |Δ log-probability| {row['mismatch/mean']:.3g} nats, bound {row['mismatch/mean_bound']:.3g}"
+
+
+def _lost(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
 
 
 def tis_weights(recomputed_R: Tensor, sampled_R: Tensor, cap: float) -> Tensor:

@@ -24,7 +24,7 @@ from trainer.attention import ALONE, Attention, attention_kernel
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MicroBatch
 from trainer.config import RunConfig
-from trainer.layers import KEEP_ALL, LayerOptions, prepare_layers
+from trainer.layers import KEEP_ALL, LayerOptions, layer_options, prepare_layers
 from trainer.loading import empty_causal_lm, load_shards
 from trainer.sequence_parallel import check_heads, sequence_group
 
@@ -111,15 +111,8 @@ def policy_options(config: RunConfig, precision: torch.dtype, device: torch.devi
     asked for is not there, or the ranks cannot be grouped."""
     model = config.model
     kernel = attention_kernel(model.attention, device, precision)
-    layers = LayerOptions(
-        checkpointing=model.gradient_checkpointing,
-        saved_bytes=int(model.saved_gib * 2**30),
-        tokens=max(stage.actor.tokens_per_micro_batch for stage in config.stages),
-        offload=model.offload_activations,
-        compile=model.compile,
-    )
     group = sequence_group(config.parallel.sequence_ranks, config.parallel.timeout_seconds)
-    return PolicyOptions(precision, getattr(torch, model.weights), layers, Attention(kernel, group))
+    return PolicyOptions(precision, getattr(torch, model.weights), layer_options(config), Attention(kernel, group))
 
 
 def build_policy(path: Path, mesh: DeviceMesh, options: PolicyOptions) -> Policy:

@@ -21,6 +21,7 @@ from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
 from trainer.config import ModelConfig, RunConfig
+from trainer.distributed import unwatched_seconds
 from trainer.engines import build_engine, build_probe, engine_hosts
 from trainer.lookahead import quiet_beside
 from trainer.optimizer import build_optimizer
@@ -28,6 +29,7 @@ from trainer.policy import Policy, PolicyWeights, build_policy, policy_options
 from trainer.preflight import judge_settings
 from trainer.probe import policy_scorer
 from trainer.text import end_tokens, load_tokenizer, prompt_encoder
+from trainer.watch import Watch
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class Parts:
         self.engine.close()
 
 
-def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any) -> Parts:
+def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any, watch: Watch) -> Parts:
     """Everything but data. The verifier's processes and the engine's start first, beside the model's loading."""
     hosts = engine_hosts(config, ranks)
     judge = build_judge(config, ranks, console.note)
@@ -94,7 +96,7 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     encode = prompt_encoder(tokenizer, config.template)
     if config.engine.one_step_off:
         # Its thread must not meet the loop's in a collective, and cannot push weights while the loop changes them.
-        meeting, recover = ranks.another(config.parallel.timeout_seconds), None
+        meeting, recover = ranks.another(unwatched_seconds(config.parallel.timeout_seconds), watch.ahead), None
     else:
         meeting, recover = ranks, sync.recover
     sampler = Sampler(
@@ -107,6 +109,8 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         recover,
         overlap=config.engine.overlap,
         hosts=hosts,
+        stopping=watch.stopping,
+        judge_seconds=config.parallel.timeout_seconds,
     )
     return Parts(actor, engine, sync, sampler, correctness, judge, device, precision)
 

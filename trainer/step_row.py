@@ -76,7 +76,10 @@ def _sampled(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, Any]:
-    """Means over the step's mini-batches; extremes over all of them."""
+    """Means and extremes over the step's mini-batches that were trained on; where all were skipped, over all of them."""
+    skipped = sum(update.skipped for update in updates)
+    if skipped < len(updates):
+        updates = [update for update in updates if not update.skipped]
 
     def mean(name: str) -> float:
         return sum(getattr(update, name) for update in updates) / len(updates)
@@ -92,7 +95,7 @@ def _trained(updates: Sequence[UpdateResult], stage: StageConfig) -> dict[str, A
         "clip/low": mean("clipped_low"),
         "clip/high": mean("clipped_high"),
         "kl/old_new": mean("old_kl"),
-        "update/skipped": sum(update.skipped for update in updates),
+        "guard/skipped": skipped,
     }
     if stage.objective.entropy_target is not None:
         row |= {

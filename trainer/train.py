@@ -6,9 +6,11 @@ Started plainly it trains on one rank, or with `--ranks N` hands itself to torch
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import closing
 
 from trainer import cli, launch
+from trainer.beats import BeatingConsole
 from trainer.config import RunConfig
 from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
@@ -18,14 +20,17 @@ from trainer.planner.launch import check_memory
 from trainer.plot import plot
 from trainer.preflight import Inputs, check_run
 from trainer.summary import summarize, table, write_summary
+from trainer.watch import Watch
 
 
 def main(arguments: list[str]) -> int:
     options = launch.parse("trainer.train", "Train a policy by reinforcement learning, stage after stage.", arguments)
+    if launch.is_rank():
+        launch.die_with_torchrun()
     config = load_config(options.config, options.overrides)
     if launch.is_rank():
         return run_rank(config, None if options.checked else options)
-    if options.check or options.ranks > 1:
+    if options.check or options.ranks > 1 or options.restarts:
         inputs = check_run(config)
         check_memory(options)
         RunLock(config.run).release()
@@ -33,7 +38,7 @@ def main(arguments: list[str]) -> int:
             prompts = sum(source.state()["count"] for source in inputs.sources.values())
             print(f"{options.config}: {prompts} prompts, {config.total_steps} steps: fine")
             return 0
-        return launch.torchrun("trainer.train", options)
+        return launch.torchrun("trainer.train", options, config)
     return run_rank(config, options)
 
 
@@ -42,29 +47,48 @@ def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> in
 
     options: of a launch whose memory has not been checked yet.
     """
+    watch = Watch(
+        config.run,
+        launch.rank(),
+        launch.world_size(),
+        seconds=config.parallel.timeout_seconds,
+        stop_seconds=config.checkpoint.stop_seconds,
+        clear=options is not None and launch.first_start(),
+        parent=os.getppid() if launch.is_rank() else None,
+    )
     if not launch.first_rank():
-        train(config, None)
+        train(config, None, watch)
         return 0
     inputs = check_run(config)
     if options is not None:
         check_memory(options)
     with RunLock(config.run):
-        train(config, inputs)
-        conclude(config)
+        if (stopped := train(config, inputs, watch)) is not None:
+            print(stopped, flush=True)
+        else:
+            conclude(config)
     return 0
 
 
-def train(config: RunConfig, inputs: Inputs | None) -> None:
-    """From the newest checkpoint to the last step, on this rank. inputs: on rank 0 alone."""
-    from trainer.distributed import process_group
-    from trainer.loop import TrainingLoop
-    from trainer.setup import build_parts
+def train(config: RunConfig, inputs: Inputs | None, watch: Watch) -> str | None:
+    """From the newest checkpoint to the last step, on this rank; where it was stopped before, in words. inputs: on rank 0
+    alone."""
+    with watch:
+        # Imported under the watch: on a network file system this may hang, too.
+        from trainer.distributed import process_group
+        from trainer.loop import StoppedAsAsked, TrainingLoop
+        from trainer.setup import build_parts
 
-    stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
-    with process_group(config.parallel.timeout_seconds, config.parallel.shard_ranks) as (ranks, mesh, device):
-        console = Console(config.total_steps, stages) if ranks.first else NullConsole()
-        with console, closing(build_parts(config, ranks, mesh, device, console)) as parts:
-            TrainingLoop(config, inputs, parts, ranks, console).run()
+        stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
+        parallel = config.parallel
+        with process_group(parallel.timeout_seconds, parallel.shard_ranks, watch) as (ranks, mesh, device):
+            console = BeatingConsole(Console(config.total_steps, stages) if ranks.first else NullConsole(), ranks.pulse)
+            with console, closing(build_parts(config, ranks, mesh, device, console, watch)) as parts:
+                try:
+                    TrainingLoop(config, inputs, parts, ranks, console).run()
+                except StoppedAsAsked as stopped:
+                    return str(stopped)
+    return None
 
 
 def conclude(config: RunConfig) -> None:

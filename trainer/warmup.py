@@ -14,18 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from rollout.errors import InputError
+from rollout.errors import InputError, RunStopped
 from rollout.types import Prompt
 from trainer import cli, launch
 from trainer.config import ActorConfig, RunConfig, WarmupConfig
 from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
 from trainer.environment import check_packages
+from trainer.guards import Guard, fault_of
 from trainer.model_folder import check_model_folder, save_model_folder
 from trainer.preflight import read
 
 
 def main(arguments: list[str]) -> int:
+    if launch.is_rank():
+        launch.die_with_torchrun()
     options = launch.parse("trainer.warmup", "Supervised warm-up on worked solutions in the R1 form.", arguments)
     config = load_config(options.config, options.overrides)
     prompts = check(config, options.config)
@@ -86,10 +89,14 @@ def warm_up(config: RunConfig, prompts: list[Prompt]) -> None:
         options = policy_options(config, precision_of(config.model, device), device)
         policy = build_policy(settings.base, mesh, replace(options, weights=torch.float32))  # trained by AdamW in fp32
         actor = Actor(policy, actor_config, rank=ranks.rank, ranks=ranks.size, device=device)
+        guard = Guard(config.guards, None, console.note)
         batches = batches_of(prompts, encode, settings, config.seed, console.note)
         with console.phase("warm-up", settings.steps, "steps") as bar:
             for step in range(1, settings.steps + 1):
-                loss, _ = actor.update_supervised(MiniBatch(next(batches)), actor_config)
+                loss, grad_norm = actor.update_supervised(MiniBatch(next(batches)), actor_config)
+                guard.see(step, [fault_of(loss, grad_norm=grad_norm)])
+                if (why := guard.why_stop()) is not None:
+                    raise RunStopped(f"warm-up: {why}; nothing was written to {config.model.path}")
                 bar.advance(1, loss=f"{loss:.3f}")
                 if step % max(1, settings.steps // 10) == 0:
                     console.note(f"warm-up step {step} of {settings.steps}: loss {loss:.4f}")

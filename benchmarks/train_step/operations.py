@@ -1,28 +1,21 @@
 """Floating-point operations of a step and what they are compared with.
 
-    forward F, head H    `trainer.planner.cost`: 2 · weights · tokens of the layers' matrices and causal attention; one GEMM of
-                         the output head over the response tokens
-    model FLOPs          of an update 3 · (F + H), of a step (score and update) 4 · (F + H): what MFU counts, nothing twice
-    done                 and what checkpointed layers compute again: what HFU counts
-    MFU, HFU             FLOPs / (seconds · ranks · the GEMM rate), the rate measured in the same rounds: the products of one
-                         layer's matrices, forward, on as many tokens as a micro-batch has, in the dtype that computes
-
-A layer that is computed again stops before its last product (`down`), whose result no gradient needs; not if it is compiled,
-whose pieces run whole.
+forward F, head H    `trainer.planner.cost`: 2 · weights · tokens of the layers' matrices and causal attention; one GEMM of
+                     the output head over the response tokens
+model FLOPs          of an update 3 · (F + H), of a step (score and update) 4 · (F + H): what MFU counts, nothing twice
+done                 and what checkpointed layers compute again (`trainer.planner.cost.computed_again`): what HFU counts
+MFU, HFU             FLOPs / (seconds · ranks · the GEMM rate), the rate measured in the same rounds: the products of one
+                     layer's matrices, forward, on as many tokens as a micro-batch has, in the dtype that computes
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from trainer.layers import LayerOptions, kept_bytes, plan_kept
-from trainer.planner.architecture import Sizes
 
 GEMM_SECONDS = {"cpu": 0.4, "cuda": 0.25}
 """At least so long is multiplied for one figure of the rate."""
@@ -52,21 +45,6 @@ class StepFlops:
 def utilisation(flops: float, seconds: float, ranks: int, rate: float) -> float:
     """Share of `rate`, operations a second of one rank."""
     return flops / (seconds * ranks * rate)
-
-
-def computed_again(sizes: Sizes, model: Any, options: LayerOptions, itemsize: int, length: int, count: int) -> float:
-    """FLOPs of the layers that the backward of `count` sequences of `length` tokens computes a second time. model: a transformers
-    configuration; itemsize: of the dtype that computes."""
-    if not options.checkpointing:
-        return 0.0
-    tokens = length * count
-    attention = 2 * sizes.attention_width * length**2 * count
-    matmuls = 2 * sizes.body / sizes.layers * tokens
-    down = 0.0 if options.compile else 2 * model.intermediate_size * model.hidden_size * tokens
-    kept = plan_kept(sizes.layers, *kept_bytes(model, options.tokens, itemsize), options.saved_bytes)
-    return sum(
-        (0.0 if layer.attention else attention) + (0.0 if layer.matmuls else matmuls - down) for layer in kept
-    )  # fmt: skip
 
 
 def layer_shapes(causal_lm: nn.Module) -> list[tuple[int, int]]:

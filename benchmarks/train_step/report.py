@@ -13,13 +13,13 @@ from rich.table import Table
 
 from benchmarks.kernels.timing import spread
 from benchmarks.train_step.bench import Bench, Figures
-from benchmarks.train_step.operations import StepFlops, computed_again, utilisation
+from benchmarks.train_step.operations import StepFlops, utilisation
 from benchmarks.train_step.phases import HEAD, PHASES
 from benchmarks.train_step.setting import SWITCHES
 from trainer.config import RunConfig
 from trainer.layers import LayerOptions
 from trainer.planner.architecture import Sizes
-from trainer.planner.cost import Ceilings, Work, forward_flops, head_flops, step_cost
+from trainer.planner.cost import Ceilings, Work, computed_again, forward_flops, head_flops, step_cost
 
 FORMULAS = {
     "seconds": "median, 10 % and 90 % quantiles over rounds in which all ways ran in turn, without marks; step = score + update",
@@ -36,13 +36,13 @@ FORMULAS = {
 }
 
 
-def cost_of(config: RunConfig, sizes: Sizes, ranks: int, rate: float) -> tuple[StepFlops, dict[str, float]]:
-    """(FLOPs without what is computed again, the planner's seconds)."""
+def cost_of(config: RunConfig, sizes: Sizes, model: Any, ranks: int, rate: float) -> tuple[StepFlops, dict[str, float]]:
+    """(FLOPs without what is computed again, the planner's seconds). model: the transformers configuration."""
     stage = config.stages[0]
     outputs = stage.batch.group_size
     flops = StepFlops(forward_flops(sizes, stage.context, outputs), head_flops(sizes, outputs * stage.response_limit))
     itemsize = getattr(torch, config.model.precision).itemsize
-    cost = step_cost(config, 0, sizes, ranks, 0, Ceilings(flops=rate), Work(1.0, 1.0), itemsize)
+    cost = step_cost(config, 0, sizes, model.to_dict(), ranks, 0, Ceilings(flops=rate), Work(1.0, 1.0), itemsize)
     return flops, {name: cost.seconds[name] for name in ("score", "update")}
 
 
@@ -53,7 +53,7 @@ def way_record(
     """layers: how they ran. model: the transformers configuration. memory: planned (by phase) and measured, either None."""
     stage = config.stages[0]
     itemsize = getattr(torch, config.model.precision).itemsize
-    flops, planned = cost_of(config, sizes, ranks, rate)
+    flops, planned = cost_of(config, sizes, model, ranks, rate)
     again = computed_again(sizes, model, layers, itemsize, stage.context, stage.batch.group_size)
     flops = StepFlops(flops.forward, flops.head, again)
     step = [score + update for score, update in zip(figures.score, figures.update, strict=True)]

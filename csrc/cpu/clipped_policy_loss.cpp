@@ -103,7 +103,9 @@ Sums sum_block(const Inputs& in, int64_t begin, int64_t end, float* d_logprob) {
     // `&` and `|`: the sign of an advantage is a coin toss, and a branch on it a misprediction every other token.
     const bool low = (advantage < 0.0f) & (ratio < in.ratio_low);
     const bool high = (advantage > 0.0f) & (ratio > in.ratio_high);
-    const float free = -ratio * advantage;
+    // An advantage of 0 gives a loss of 0 also where the ratio has overflown; NaN stays.
+    const bool nothing = (advantage == 0.0f) & (ratio == std::numeric_limits<float>::infinity());
+    const float free = nothing ? 0.0f : -ratio * advantage;
     const float held = -(ratio < in.ratio_low ? in.ratio_low : ratio > in.ratio_high ? in.ratio_high : ratio) * advantage;
     float loss = held > free ? held : free;  // free where it is NaN; held is never NaN alone
     float slope = low | high ? 0.0f : free;

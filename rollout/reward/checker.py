@@ -18,13 +18,13 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+from rollout.process import die_with
 from rollout.reward.confine import confine
 
 START_SECONDS = 0.5
 """How long a forked process may take to begin, which on a busy machine is no part of the function's time."""
 
 _BEGINS = b"begins"
-_PR_SET_PDEATHSIG = 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -116,15 +116,3 @@ def _processor_seconds(pid: int) -> float:
     except OSError:
         return time.monotonic()
     return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel for SIGKILL when the thread that started this process ends."""
-    if sys.platform == "linux":
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel knew
-        os._exit(1)

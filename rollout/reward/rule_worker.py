@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import signal
 import time
 from typing import Any
 
-from rollout.reward.checker import Checker, DiedError, LateError, die_with
+from rollout.process import die_with
+from rollout.reward.checker import Checker, DiedError, LateError
 from rollout.reward.puzzle_answers import refusal
 
 SCORERS = {"math-verify": "math_verify", "reasoning-gym": "reasoning_gym"}
 """Scorer's name → the package it needs, which is also the name of its distribution on PyPI (with - for _)."""
 
 MEMORY_BYTES = 8 * 2**30
-"""Most that a worker may allocate. Without a limit one huge power can end the trainer through the machine's OOM killer."""
+"""Most that a worker may allocate, and a quarter of the machine's memory where that is less. Without a limit one huge power can
+end the trainer through the machine's OOM killer."""
 
 _WARM_UP = (r"\frac{\sqrt{2}x_{1}+1}{2}", r"x^{2}-2x+1=0", r"(1,2)\cup[3,\infty)", r"\sin x+2\pi e^{-t}", "a<b")
 
@@ -42,7 +45,7 @@ def start(kind: str, parent: int) -> None:
     # The pool's own SIGTERM handler is Python code, which waits for its turn; the pool would wait seconds, then SIGKILL.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with(parent)
-    _limit_memory(MEMORY_BYTES)
+    _limit_memory(min(MEMORY_BYTES, memory_of_machine() // 4))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that nobody holds the clock; the worker does
     __import__(SCORERS[kind])
     if kind == "math-verify":
@@ -119,6 +122,11 @@ def _reasoning_gym(gold: str, answer: str, entry: dict[str, Any]) -> Score:
     value = float(score_answer(answer=answer, entry=entry))
     right = value >= 1.0 - 1e-9
     return right, "right" if right else "wrong", f"score {value:g}"
+
+
+def memory_of_machine() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _limit_memory(limit: int) -> None:

@@ -164,6 +164,23 @@ def test_a_ratio_beyond_fp32_is_infinite_and_clipped(path: Path):
     assert got["loss"] == pytest.approx(-1.28)
 
 
+@pytest.mark.parametrize("log_ratio", [89.0, 200.0, INF])
+def test_an_advantage_of_0_has_no_loss_however_large_the_ratio(path: Path, log_ratio):
+    """As a number 0 · inf is NaN, and one such token would spoil a whole mini-batch to which it adds nothing."""
+    got = one(path, log_ratio, 0.0, 0.0, 0.5)
+    assert (got["loss"], got["d"], got["ratio_max"], got["clipped_low"], got["clipped_high"]) == (0, 0, INF, 0, 0)
+    got = one(path, log_ratio, 0.0, -0.0, 0.5)
+    assert (got["loss"], got["d"]) == (0, 0)
+    got = one(path, log_ratio, 0.0, -1.0, 0.5)
+    assert (got["loss"], got["d"]) == (INF, INF), "what has an advantage is not hidden"
+
+
+def test_an_advantage_of_0_hides_no_nan(path: Path):
+    got = one(path, NAN, 0.0, 0.0)
+    assert math.isnan(got["loss"])
+    assert math.isnan(got["d"])
+
+
 def test_clip_bounds_are_inside(path: Path):
     """A ratio equal to a bound is not clipped, and where both arms are equal the gradient is the free one's."""
     for log_ratio, clips in ((-0.25, lambda r: (1 - r, 0.0)), (0.25, lambda r: (0.0, r - 1))):

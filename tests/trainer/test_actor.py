@@ -65,24 +65,6 @@ def test_the_rate_rises_over_the_warm_up():
     assert learning_rate(ActorConfig(lr=8.0), 0) == 8
 
 
-def test_a_gradient_that_is_not_finite_is_skipped(mesh):
-    config = stage(ObjectiveConfig(), mini=1, warmup_steps=2)
-    actor = build_actor(mesh, config)
-    before = whole_weights(actor.policy)
-    (scored,) = actor.score(batches(config), config)
-    good = scored.micro[0].old_logprob_R
-    scored.micro[0].old_logprob_R = torch.full_like(good, math.nan)
-    result = actor.update(scored, config)
-    assert result.skipped
-    assert not math.isfinite(result.grad_norm)
-    assert actor.updates == 0
-    assert all(torch.equal(weight, before[name]) for name, weight in whole_weights(actor.policy).items())
-    scored.micro[0].old_logprob_R = good
-    result = actor.update(scored, config)
-    assert (result.skipped, actor.updates, result.lr) == (False, 1, 5e-4), "nothing of the bad gradient is left"
-    assert all(torch.isfinite(weight).all() for weight in whole_weights(actor.policy).values())
-
-
 @pytest.mark.parametrize("micro", [1, 3])
 def test_supervised_update(mesh, micro):
     config = stage(ObjectiveConfig(), mini=1, micro=micro, temperature=1.0, max_grad_norm=1e6)

@@ -1,4 +1,4 @@
-"""Sampler against trainer: the figures are numpy's, add up over ranks, hide nothing, and the alarm sounds once."""
+"""Sampler against trainer: the figures are numpy's, add up over ranks and hide nothing. The alarm's course: test_alarms.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from trainer.mismatch import (
     Bounds,
     Mismatch,
     MismatchSums,
-    MismatchWatch,
+    alarm_text,
+    bounded,
     bounds_of,
     mismatch_row,
     percentile,
@@ -150,36 +151,28 @@ def step(mean: float) -> list[Mismatch]:
     return [measured(([mean] * 4, [0.0] * 4))]
 
 
-def test_the_alarm_sounds_once_and_ends_once():
-    notes: list[str] = []
-    watch = MismatchWatch(Bounds(token=0.2, mean=0.05), notes.append)
-    means = [0.01, 0.06, 0.5, 0.07, 0.03125, 0.01]
-    alarms = [watch.check(number, step(mean))["mismatch/alarm"] for number, mean in enumerate(means)]
-    assert alarms == [0, 1, 1, 1, 0, 0]
-    assert [note.partition(":")[0] for note in notes] == ["step 1", "step 4"]
-    assert "sampler and trainer disagree: mean |Δ log-probability| 0.06 nats, bound 0.05" in notes[0]
-    assert "0.00% of tokens beyond 0.2" in notes[0]
-    assert "agree again: mean |Δ log-probability| 0.0312 nats, bound 0.05" in notes[1]
-    watch.check(9, step(0.9))
-    assert len(notes) == 3
+LIMITS = Bounds(token=0.2, mean=0.05)
 
 
-def test_a_step_without_fresh_tokens_changes_nothing():
-    notes: list[str] = []
-    watch = MismatchWatch(Bounds(token=0.2, mean=0.05), notes.append)
-    watch.check(0, step(0.5))
-    assert watch.check(1, [measured(([], []))]) == {}
-    watch.check(2, step(0.5))
-    assert len(notes) == 1
-
-
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_what_is_not_finite_is_an_alarm(bad):
-    notes: list[str] = []
-    row = MismatchWatch(Bounds(token=0.2, mean=0.05), notes.append).check(0, step(bad))
-    assert row["mismatch/alarm"] == 1
+@pytest.mark.parametrize(("mean", "alarm"), [(0.01, 0), (0.06, 1), (0.5, 1), (NAN, 1), (INF, 1)])
+def test_a_mean_beyond_its_bound_or_not_finite_is_an_alarm(mean, alarm):
+    row = bounded(mismatch_row(step(mean)), LIMITS)
+    assert row["mismatch/alarm"] == alarm
     assert (row["mismatch/mean_bound"], row["mismatch/token_bound"]) == (0.05, 0.2)
-    assert len(notes) == 1
+
+
+def test_a_step_without_fresh_tokens_has_none():
+    assert bounded(mismatch_row([measured(([], []))]), LIMITS) == {}
+
+
+def test_the_alarm_tells_the_figures_also_of_a_row_that_was_read_back():
+    row = bounded(mismatch_row(step(0.06)), LIMITS)
+    assert "mean |Δ log-probability| 0.06 nats, bound 0.05" in alarm_text(row)
+    assert "0.00% of tokens beyond 0.2" in alarm_text(row)
+    lost = bounded(mismatch_row(step(NAN)), LIMITS)
+    null = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in lost.items()}
+    assert alarm_text(lost) == alarm_text(null)
+    assert "mean |Δ log-probability| not finite nats" in alarm_text(lost)
 
 
 def test_bounds_follow_the_precision_unless_they_are_given():

@@ -102,15 +102,24 @@ def test_flops_by_hand():
     sizes = Sizes(body=1000, head=500, parameters=2000, layers=3, attention_width=8, cache_elements=12, key_value_heads=2)
     assert forward_flops(sizes, 10, 2) == 2 * (2 * 1000 * 10 + 4 * 3 * 8 * 10**2 / 2)
     config = recipe(["batch.groups=2", "batch.group_size=2", "data.max_prompt_tokens=10", "stages[0].context=50"])
-    cost = step_cost(config, 0, sizes, 8, 0, Ceilings(flops=1e3, utilisation=0.5), Work(response_share=0.5))
+    model = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2}
+    cost = step_cost(config, 0, sizes, model, 8, 0, Ceilings(flops=1e3, utilisation=0.5), Work(response_share=0.5))
     forward = 4 * (2 * 1000 * 30 + 2 * 3 * 8 * 30**2)
     head = 2 * 500 * (4 * 20)
-    assert cost.flops == {"score": forward + head, "update": 4 * forward + 3 * head}
+    down = 3 * 2 * 4 * 6 * (4 * 30)
+    update = 4 * forward - down + 3 * head
+    assert cost.flops == pytest.approx({"score": forward + head, "update": update})
     assert cost.model_flops == 3 * (forward + head)
     assert cost.tokens == 4 * 30
-    assert cost.seconds["update"] == pytest.approx((4 * forward + 3 * head) / (8 * 1e3 * 0.5))
+    assert cost.seconds["update"] == pytest.approx(update / (8 * 1e3 * 0.5))
     plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
-    assert step_cost(plain, 0, sizes, 8, 0, Ceilings(), Work()).flops["update"] < cost.flops["update"] * 4
+    assert step_cost(plain, 0, sizes, model, 8, 0, Ceilings(), Work(response_share=0.5)).flops["update"] == 3 * (forward + head)
+    kept = recipe(
+        ["batch.groups=2", "batch.group_size=2", "data.max_prompt_tokens=10", "stages[0].context=50", "model.saved_gib=9"]
+    )
+    attention = 4 * 2 * 3 * 8 * 30**2 + 4 * 2 * 1000 * 30 - down
+    spared = step_cost(kept, 0, sizes, model, 8, 0, Ceilings(), Work(response_share=0.5)).flops["update"]
+    assert spared == pytest.approx(update - attention), "everything that is dear is kept"
 
 
 def test_rollout_by_hand():
@@ -124,7 +133,9 @@ def test_rollout_by_hand():
         "engine.tensor_parallel=2",
     ]
     ceilings = Ceilings(flops=1e30, bandwidth=1e12)
-    cost = step_cost(recipe(overrides), 1, sizes, 8, cache_tokens=170, ceilings=ceilings, work=Work(0.5, 2.0))
+    cost = step_cost(
+        recipe(overrides), 1, sizes, NAMED["qwen2.5-14b"], 8, cache_tokens=170, ceilings=ceilings, work=Work(0.5, 2.0)
+    )
     assert cost.sequences_at_once == 170 // 30 == 5
     step = (2 * 10**9 + 5 * 1000 * 2 * 20) / (2 * 1e12 * 0.6)
     assert cost.seconds["rollout"] == pytest.approx(20 * 16 / 5 * step)
@@ -227,10 +238,10 @@ def test_mends_of_the_optimizer(monkeypatch):
 def test_bytes_of_a_push_and_a_checkpoint_are_the_configurations():
     sizes = Sizes(body=0, head=0, parameters=10**9, layers=1, attention_width=1, cache_elements=1, key_value_heads=1)
     ceilings, work = Ceilings(link=1e9, disk=1e9), Work()
-    fp32 = step_cost(recipe(["checkpoint.every=2"]), 0, sizes, 4, 0, ceilings, work).seconds
+    fp32 = step_cost(recipe(["checkpoint.every=2"]), 0, sizes, NAMED["qwen2.5-14b"], 4, 0, ceilings, work).seconds
     assert (fp32["sync"], fp32["checkpoint"]) == (4 * 3 / 4, 12 / 2)
     overrides = ["checkpoint.every=2", "optimizer.kind=adamw8bit", "model.weights=bfloat16"]
-    coded = step_cost(recipe(overrides), 0, sizes, 4, 0, ceilings, work).seconds
+    coded = step_cost(recipe(overrides), 0, sizes, NAMED["qwen2.5-14b"], 4, 0, ceilings, work).seconds
     assert (coded["sync"], coded["checkpoint"]) == (2 * 3 / 4, (2 + 2 + 8 / 256) / 2)
 
 

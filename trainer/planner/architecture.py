@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
     named = f"plan for a named model: --architecture with one of {', '.join(NAMED)}"
     mend = f"fetch the model folder (a plan needs config.json alone), or {named}"
     config = read_config(path, mend)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise InputError(
                 f"{path}/config.json: {key}: {config.get(key)!r} is not a whole number above 0; fetch the model folder again"

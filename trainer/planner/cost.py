@@ -4,7 +4,7 @@
     head of r of them       2 · V · D · r                           one GEMM; the policy loss takes three, its forward included
     score                   forward + head
     update, counted by MFU  3 · (forward + head)                    so 6 · P · tokens and the attention, without recomputation
-    update, done            (4 with gradient checkpointing, else 3) · forward + 3 · head
+    update, done            3 · (forward + head) and what checkpointed layers compute again (`computed_again`)
     seconds                 operations done / (GPUs · --tflops · --utilisation)
 
     rollout                 outputs / b times as many decoding steps as a response has tokens, b sequences at once on an engine;
@@ -12,15 +12,17 @@
                             operations where those take longer
     sync, checkpoint        weights gathered over --link; weights and moments over --disk, every checkpoint.every steps
 
-All responses are taken as equally long. What model.saved_gib spares of the recomputation is not subtracted. Not counted: the
-wait for the longest, verification, evaluation, start, faults.
+All responses are taken as equally long. Not counted: the wait for the longest, verification, evaluation, start, faults.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from trainer.config import RunConfig, StageConfig
+from trainer.layers import LayerOptions, kept_bytes, layer_options, plan_kept
 from trainer.planner.architecture import Sizes
 
 PAPER_GPU_HOURS = (4234, 5470, 3405)
@@ -93,19 +95,38 @@ def head_flops(sizes: Sizes, rows: int) -> float:
     return 2 * sizes.head * rows
 
 
+def computed_again(sizes: Sizes, model: Any, options: LayerOptions, itemsize: int, length: int, count: int) -> float:
+    """FLOPs of the layers that the backward of `count` sequences of `length` tokens computes a second time. A layer stops before
+    its last product (`down`), whose result no gradient needs; not if it is compiled, whose pieces run whole.
+
+    model: a transformers configuration; itemsize: of the dtype that computes."""
+    if not options.checkpointing:
+        return 0.0
+    tokens = length * count
+    attention = 2 * sizes.attention_width * length**2 * count
+    matmuls = 2 * sizes.body / sizes.layers * tokens
+    down = 0.0 if options.compile else 2 * model.intermediate_size * model.hidden_size * tokens
+    kept = plan_kept(sizes.layers, *kept_bytes(model, options.tokens, itemsize), options.saved_bytes)
+    return sum(
+        (0.0 if layer.attention else attention) + (0.0 if layer.matmuls else matmuls - down) for layer in kept
+    )  # fmt: skip
+
+
 def step_cost(
-    config: RunConfig, index: int, sizes: Sizes, gpus: int, cache_tokens: int, ceilings: Ceilings, work: Work, itemsize: int = 2
-) -> StepCost:
-    """cache_tokens: of one engine; 0: not known."""
+    config: RunConfig, index: int, sizes: Sizes, model: dict[str, Any], gpus: int, cache_tokens: int, ceilings: Ceilings,
+    work: Work, itemsize: int = 2,
+) -> StepCost:  # fmt: skip
+    """model: config.json. cache_tokens: of one engine; 0: not known. itemsize: of the dtype that computes."""
     stage = config.stages[index]
     response = max(1, round(work.response_share * stage.response_limit))
     prompt = min(PROMPT_TOKENS, stage.data.max_prompt_tokens)
     length, outputs = prompt + response, stage.batch.groups * stage.batch.group_size
     sampled = round(outputs * (work.sampled_per_trained if stage.batch.dynamic else 1.0))
     forward, head = forward_flops(sizes, length, outputs), head_flops(sizes, outputs * response)
+    again = computed_again(sizes, SimpleNamespace(**model), layer_options(config), itemsize, length, outputs)
     flops = {
         "score": (forward + head) * (2 if stage.objective.kl_coefficient > 0 else 1),
-        "update": forward * (4 if config.model.gradient_checkpointing else 3) + 3 * head,
+        "update": 3 * (forward + head) + again,
     }
     rate = gpus * ceilings.flops * ceilings.utilisation
     rollout, at_once = _decode(config, sizes, gpus, cache_tokens, sampled, length, response, ceilings, itemsize)

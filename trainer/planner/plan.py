@@ -113,7 +113,9 @@ def make_plan(question: Question, traced: Traced | None = None) -> Plan:
     buffers = push_buffers(config, traced.metadata, question.precision)
     memory = [row for index, stage in traced.stages.items() for row in phases(index, stage, engine, buffers, question.overhead)]
     costs = [
-        step_cost(config, index, sizes, machine.gpus, engine.cache_tokens, question.ceilings, question.work, itemsize)
+        step_cost(
+            config, index, sizes, question.model, machine.gpus, engine.cache_tokens, question.ceilings, question.work, itemsize
+        )
         for index in range(len(config.stages))
     ]
     return Plan(question, sizes, engine, memory, costs)

@@ -1,0 +1,131 @@
+"""What each process of a long run holds, step by step: memory, threads, open files; and whether any of it grows.
+
+Each second every process is looked at; a step's figure is the median over the time until the next step was finished. Growth is
+the median over the last WINDOW steps against that over the WINDOW steps after SETTLED: one step's peaks (an evaluation, a long
+batch) are no growth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.soak.place import Place, steps_of
+from benchmarks.soak.processes import Footprint, footprint, new_mark, processes_of, shared_memory, wait_until_gone
+from rollout.errors import InputError
+
+SETTLED = 50
+"""Steps after which memory shall not grow."""
+WINDOW = 25
+MAX_GROWTH = 0.02
+EARLY, LATE = 20, 200
+"""Counts of threads, files, processes and shared memory after so many steps shall be equal."""
+AROUND = 5
+"""Steps on each side whose median is a count after a step."""
+
+
+@dataclass(slots=True)
+class Series:
+    """Over the steps 1, 2, …: one list a process's name (`benchmarks.soak.processes.Process.name`)."""
+
+    mib: dict[str, list[float]] = field(default_factory=dict)
+    threads: dict[str, list[int]] = field(default_factory=dict)
+    files: dict[str, list[int]] = field(default_factory=dict)
+    processes: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
+    """Files in /dev/shm beyond those before the run."""
+    left: list[str] = field(default_factory=list)
+    """Processes after the run's end."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.processes)
+
+    def growth(self) -> dict[str, float]:
+        """Process → its memory's growth after SETTLED steps, as a share. Those of the whole run alone."""
+        grown = {}
+        for name, values in self.mib.items():
+            if len(values) == self.steps >= SETTLED + 2 * WINDOW:
+                grown[name] = median(values[-WINDOW:]) / median(values[SETTLED : SETTLED + WINDOW]) - 1
+        return grown
+
+    def counts(self) -> dict[str, tuple[float, float]]:
+        """What is counted → (after EARLY steps, after LATE steps)."""
+        series = {"processes": self.processes, "shared memory": self.shared}
+        series |= {f"threads of {name}": values for name, values in self.threads.items() if len(values) == self.steps}
+        series |= {f"files of {name}": values for name, values in self.files.items() if len(values) == self.steps}
+        around = lambda values, step: median(values[step - 1 - AROUND : step + AROUND])  # noqa: E731
+        if self.steps < LATE + AROUND:
+            return {}
+        return {name: (around(values, EARLY), around(values, LATE)) for name, values in series.items()}
+
+    def faults(self) -> list[str]:
+        """What grew or was left, in words."""
+        grown = [f"{name} grew by {growth:.1%}" for name, growth in self.growth().items() if growth > MAX_GROWTH]
+        counted = [f"{name}: {early:g} after {EARLY} steps, {late:g} after {LATE}" for name, (early, late) in
+                   self.counts().items() if late > early]  # fmt: skip
+        return grown + counted + ([f"left at the end: {', '.join(self.left)}"] if self.left else [])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"growth": self.growth(), "counts": self.counts(), "faults": self.faults()}
+
+
+def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], None], seconds: float = 1.0) -> Series:
+    """A whole run, looked at every so many seconds. Raises InputError where it fails."""
+    mark, before, series = new_mark(), shared_memory(), Series()
+    process = place.start(run, mark, *more)
+    step, seen = 0, Seen()
+    while process.poll() is None:
+        finished = steps_of(run)
+        if finished > step:
+            seen.close(series, finished - step)
+            step, seen = finished, Seen()
+            if step % 10 == 0:
+                note(f"step {step}")
+        seen.look(mark, before)
+        time.sleep(seconds)
+    if process.returncode:
+        raise InputError(f"{run.with_suffix('.log')}: the run ended with exit code {process.returncode}; read its end")
+    series.left = [each.name for each in wait_until_gone(mark, 30.0)]
+    return series
+
+
+class Seen:
+    """Looks since the last step."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[Footprint]] = defaultdict(list)
+        self._processes: list[int] = []
+        self._shared: list[int] = []
+
+    def look(self, mark: str, shared_before: int) -> None:
+        living = [each for each in processes_of(mark) if each.kind != "helper"]
+        names: dict[str, int] = defaultdict(int)
+        for each in living:
+            held = footprint(each.pid)
+            if held is not None:
+                names[each.name] += 1
+                suffix = f" ({names[each.name]})" if names[each.name] > 1 else ""
+                self._held[each.name + suffix].append(held)
+        self._processes.append(len(living))
+        self._shared.append(shared_memory() - shared_before)
+
+    def close(self, series: Series, steps: int) -> None:
+        """Adds this to the series, for each of the steps that were finished at once."""
+        for _ in range(steps):
+            for name, looks in self._held.items():
+                for values, value in (
+                    (series.mib, median(each.bytes for each in looks) / 2**20),
+                    (series.threads, median(each.threads for each in looks)),
+                    (series.files, median(each.files for each in looks)),
+                ):
+                    column = values.setdefault(name, [])
+                    if len(column) == series.steps:
+                        column.append(value)
+            series.processes.append(round(median(self._processes)) if self._processes else 0)
+            series.shared.append(round(median(self._shared)) if self._shared else 0)

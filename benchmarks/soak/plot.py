@@ -1,0 +1,52 @@
+"""The picture of a long run's JSON (`benchmarks.soak.memory`): memory of each process over the steps, and what it has open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.soak.memory import SETTLED
+from trainer.plot_draw import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
+
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY)
+
+
+def draw(file: Path) -> Path:
+    """Draws FILE.json as FILE.png and returns the picture's path."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    whole = len(record["processes"])
+    names = [name for name, values in record["mib"].items() if len(values) == whole]
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=(10, 6), dpi=DPI, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        memory, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        steps = range(1, whole + 1)
+        for name, colour in zip(names, COLOURS * len(names), strict=False):
+            growth = record["growth"].get(name)
+            label = name if growth is None else f"{name} ({growth:+.1%})"
+            memory.plot(steps, record["mib"][name], color=colour, linewidth=1.2, label=label)
+        memory.axvline(SETTLED, color=GREY, linewidth=0.8, linestyle=":")
+        memory.set_ylim(bottom=0)
+        memory.set_ylabel("MiB (proportional set size)")
+        memory.set_title(f"Memory of each process (growth after step {SETTLED})", loc="left")
+        memory.legend(ncols=3, loc="upper right")
+        for what, colour in (("threads", BLUE), ("files", VERMILION)):
+            total = [sum(record[what][name][step] for name in names) for step in range(whole)]
+            counts.plot(steps, total, color=colour, linewidth=1.2, label=what)
+        counts.plot(steps, record["processes"], color=GREEN, linewidth=1.2, label="processes")
+        counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="shared memory files")
+        counts.set_ylim(bottom=0)
+        counts.set_xlabel("step")
+        counts.set_title("Open, all processes together", loc="left")
+        counts.legend(ncols=4, loc="upper right")
+        machine = record["machine"]
+        figure.supxlabel(
+            f"{record['engine']} engine; {machine['cpu']}; {machine['date']}, commit {machine['commit']}", fontsize=8
+        )
+        path = file.with_suffix(".png")
+        figure.savefig(path, metadata={"Software": None})
+    return path

