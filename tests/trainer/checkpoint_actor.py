@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,10 @@ def small_actor(mesh: DeviceMesh) -> Actor:
     return build_actor(mesh, STAGE)
 
 
-def update(actor: Actor, times: int = 1) -> list[float]:
-    """The same batch each time. Returns the losses."""
-    losses = []
-    for _ in range(times):
-        [scored] = actor.score(batches(STAGE), STAGE)
-        # Against the log-probabilities of sampling, or every ratio of the only update would be 1 and every loss the same.
-        for micro in scored.micro:
-            micro.old_logprob_R = micro.old_logprob_R + 0.1 * micro.sampled_logprob_R
-        losses.append(actor.update(scored, STAGE).policy_loss)
-    return losses
+def update(actor: Actor, times: int = 1) -> list[dict]:
+    """On one batch, scored under the weights of now. Returns what each update found."""
+    [scored] = actor.score(batches(STAGE), STAGE)
+    return [asdict(actor.update(scored, STAGE)) for _ in range(times)]
 
 
 def state_at(step: int, groups: int = 2) -> RunState:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from checkpoint_actor import checkpoints, same, state_at, values_of
 from tiny_policy import one_rank
 from torch import nn
 
+from trainer import checkpoint_tensors
 from trainer.optimizer import make_moments
 
 
@@ -65,6 +67,14 @@ def kill_before(k: int, run: Path) -> None:
     sys.addaudithook(audit)
 
 
+def hang(actor: OneLayer, run: Path) -> None:
+    """A disk that takes nothing and says nothing."""
+    checkpoint_tensors.write = lambda *_: threading.Event().wait()
+    kept = checkpoints(run, seconds=0.5)
+    kept.save(actor, state_at(1))
+    kept.finish()
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with one_rank():
@@ -99,6 +109,10 @@ def main(folder: Path) -> None:
             found["then"] = sorted(path.name for path in (run / "checkpoints").iterdir())
             print(json.dumps(found), flush=True)
             shutil.rmtree(run)
+        if (child := os.fork()) == 0:
+            hang(actor, folder / "hung")
+            os._exit(0)
+        print(json.dumps({"hung": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
 
 
 if __name__ == "__main__":

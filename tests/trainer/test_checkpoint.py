@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoint_actor import checkpoints, same, small_actor, state_at, update, values_of
 from tiny_policy import OBJECTIVES, build_actor, one_rank, stage
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from rollout.errors import InputError
@@ -267,7 +268,7 @@ def test_what_changes_after_save_does_not_reach_the_disk(mesh, tmp_path, monkeyp
         for state_of_one in actor.optimizer.state.values():
             for value in state_of_one.values():
                 value.fill_(7)
-    torch.rand(3)
+    drawn = torch.rand(3)
     state.step = 9
     state.ledger.drawn = 9999
     state.sources["train.jsonl"]["position"] = 9999
@@ -280,6 +281,7 @@ def test_what_changes_after_save_does_not_reach_the_disk(mesh, tmp_path, monkeyp
     assert same(values_of(again), before)
     assert (found.step, found.ledger, found.sources, again.updates) == (1, expected.ledger, expected.sources, 1)
     assert [group.samples[0].token_ids.tolist() for group in found.buffer] == [[0, 1, 2], [0, 1, 2]]
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_staged_copies_share_no_memory_and_are_used_again(mesh):
@@ -424,6 +426,21 @@ def test_a_save_that_fails_is_said_and_counted_and_the_run_goes_on(mesh, run, mo
         with pytest.raises(InputError, match=r"step 8 failed: .*; the same command continues from .*, step-000005"):
             kept.save(actor, state_at(9))
     assert names(run) == ["step-000002", "step-000005"]
+
+
+def test_a_full_disk_is_told_where_torch_raises_over_it(mesh, run, monkeypatch):
+    """As torch.save does where there is space again when it closes what a full disk interrupted."""
+
+    def raise_over(*_):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", raise_over)
+    with pytest.raises(InputError, match=r"checkpoint of step 3 failed: No space left on device \(the disk\)"):
+        checkpoints(run).save(small_actor(mesh), state_at(3), wait=True)
+    assert names(run) == ["step-000001", "step-000002"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -17,18 +17,20 @@ import pytest
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory):
-    """(before which operation each kill came, what was found after it)."""
+    """(before which operation each kill came; what was found after it; exit code and words of a save whose disk hangs)."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, checkpoint_kills.__file__, str(tmp_path_factory.mktemp("kills"))]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return [line["before"] for line in lines if "before" in line], [line for line in lines if "k" in line]
+    [hung] = [line["hung"] for line in lines if "hung" in line]
+    before = [line["before"] for line in lines if "before" in line]
+    return before, [line for line in lines if "k" in line], (hung, done.stderr)
 
 
 def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(kills):
-    _, found = kills
+    _, found, _ = kills
     for each in found:
         assert each["whole"], each
         assert each["resumed"] in (2, 3), each
@@ -39,7 +41,7 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(kills):
 
 def test_the_kills_came_everywhere(kills):
     """Before the folder, between files, before the manifest, before and after the rename, and while old ones are removed."""
-    before, found = kills
+    before, found, _ = kills
     assert len(before) == len(found) - 1 > 40
     assert found[-1]["through"]
     for operation in (
@@ -52,3 +54,20 @@ def test_the_kills_came_everywhere(kills):
     assert {"step-000001", "step-000002", "step-000003"} in left
     assert {"step-000001.old.tmp", "step-000002", "step-000003"} in left
     assert left[-1] == {"step-000003"}
+
+
+def test_all_of_it_is_on_the_disk_before_the_name(kills):
+    """Two files of tensors, two of state, the manifest, both folders; then the folder that has the name."""
+    before, _, _ = kills
+    renamed = before.index("os.rename step-000003.tmp")
+    assert before[:renamed].count("fsync") == 7
+    for file in ("open __0_0.distcp", "open .metadata.tmp"):
+        assert before[before.index(file) + 1] == "fsync"
+    assert before[renamed + 1 : renamed + 3] == ["open checkpoints", "fsync"]
+
+
+def test_a_disk_that_hangs_ends_the_run(kills):
+    """checkpoint.seconds: the process says where it hangs, and ends with exit code 3."""
+    _, _, (code, said) = kills
+    assert code == 3
+    assert "rank 0: checkpoint of step 1: writing shards: " in said

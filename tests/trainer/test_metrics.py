@@ -113,3 +113,15 @@ def test_reading_and_drawing_need_no_torch():
     modules = "trainer.metrics, trainer.console, trainer.plot, trainer.plot_draw, trainer.summary"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_steps_score_is_the_mean_over_its_sets_and_survives_a_resume(tmp_path):
+    def row(step, name, score):
+        return {"kind": "eval", "step": step, "name": name, "pass@1": score}
+
+    with MetricsWriter(tmp_path, resume_after=None) as writer:
+        for each in (row(0, "a", 0.5), row(0, "b", 0.25), row(2, "a", 0.75), row(2, "b", None), row(4, "a", 1.0)):
+            writer.write(each)
+        assert [writer.score(step) for step in (0, 1, 2, 4)] == [0.375, None, None, 1.0]
+    with MetricsWriter(tmp_path, resume_after=2) as writer:
+        assert [writer.score(step) for step in (0, 2, 4)] == [0.375, None, None]
