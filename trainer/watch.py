@@ -135,6 +135,7 @@ class Watch:
             threading.Thread(target=self._post, name="keju-post", daemon=True),
         ]
         self.main.stir()
+        self._wake.set()
         for thread in self._threads:
             thread.start()
         return self

@@ -67,5 +67,5 @@ def test_an_embedded_engine_that_falls_silent_ends_the_run(tiny, tmp_path):
     ended = faulty("generate:sleep", write_config(tiny, run, ("model: {", "engine: {silence_seconds: 3}\nmodel: {")), 1)
     assert ended.returncode == 3, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("keju: error: ")]
-    assert "the embedded engine's generate of 6 outputs: token 2: nothing for 3 s; report: " in line
+    assert "the embedded engine's generate of 6 outputs: token 1: nothing for 3 s; report: " in line
     assert "in sleep" in report_of(run)[1]
