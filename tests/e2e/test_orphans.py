@@ -75,7 +75,8 @@ def test_nothing_outlives_the_command_or_torchrun_or_rank_0_and_the_same_command
     process, family = start(config_path, run)
     assert steps_of(run) >= 4, "each start went on where the one before was"
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: process.poll() is not None or (run / "stop").exists(), "the request did not reach the ranks", 20)
+    process.send_signal(signal.SIGTERM)  # two at once would be one
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143
     wait_until(lambda: all_gone(family), "left by the second signal", GONE_SECONDS)
