@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.batch import MiniBatch
 from trainer.config_guards import GuardsConfig
 from trainer.metrics import number
+
+if TYPE_CHECKING:
+    from trainer.batch import MiniBatch
 
 SAMPLED, RECOMPUTED, LOSS, GRADIENT = "sampled log-probability", "recomputed log-probability", "loss", "gradient"
 LOOK_AT = {
