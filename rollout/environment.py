@@ -8,11 +8,21 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rollout.errors import InputError
+
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+"""The end of a variable's name, in capitals, whose value is for nobody else."""
+
+
+def without_secrets(variables: Mapping[str, str], keep: Collection[str] = ()) -> dict[str, str]:
+    """What a process is shown that has no use for keys but those in `keep`."""
+    return {name: value for name, value in variables.items() if name in keep or not SECRET.search(name.upper())}
 
 
 def check_packages() -> None:

@@ -43,6 +43,7 @@ FATE_COLORS = {
 }
 STYLE = {
     "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a name may hold a dollar
     "font.size": 9,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -99,6 +100,7 @@ def draw_length(figure: FigureBase, data: RunData) -> None:
     if len(near):
         # A limit too far above leaves through the top of the axes; the stage's name still says it.
         _level(axes, data.steps, data.context, "context limit (prompt and response)", color=GREY, linewidth=1.0)
+    if axes.get_legend_handles_labels()[0]:
         _legend_below(figure, axes)
     axes.set_ylim(0, 1.08 * max(longest, near.max(initial=0.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

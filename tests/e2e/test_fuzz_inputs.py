@@ -165,7 +165,7 @@ def mutate_tree(tree, chance: random.Random):
     elif kind == 5:
         value, other = parent.pop(key), chance.choice([place for place in places(tree) if isinstance(found(tree, place), dict)])
         found(tree, other)[str(key)] = value
-    elif kind == 6 and isinstance(parent[key], int | float):
+    elif kind == 6 and isinstance(parent[key], int | float) and parent[key] < 1e300:
         parent[key] = parent[key] * chance.choice([0, -1, 1e6, 1e-6, 1e30]) if chance.random() < 0.8 else str(parent[key])
     else:
         home = chance.choice([place for place in places(tree) if isinstance(found(tree, place), dict)])
