@@ -107,7 +107,7 @@ def test_a_collective_that_fails_or_hangs_is_told_and_leaves_no_process(backend,
     assert children() == before
     monkeypatch.setattr(machine, "all_reduce", lambda *_: all_reduce(2, backend, seconds))
     (finding,) = machine.collective(Gpus(None, 0, None, ()), seconds)
-    assert (finding.status, finding.mend) == ("FAIL", "see whether a firewall closes loopback")
+    assert (finding.status, finding.mend) == ("FAIL", "see what else this machine does, and whether a firewall closes loopback")
 
 
 def children():

@@ -55,7 +55,7 @@ def _parser() -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, as trainer.train takes them")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, metavar="S", help="for one check (default 20); some get a multiple"
+        "--seconds", type=float, default=60.0, metavar="S", help="for one check (default 60); some get a multiple"
     )
     return parser
 

@@ -135,7 +135,11 @@ def collective(seen: gpu_facts.Gpus, seconds: float, ranks: int | None = None) -
     try:
         found = all_reduce(ranks, backend, seconds)
     except (RuntimeError, TimeoutError) as error:
-        mend = "run it again with NCCL_DEBUG=INFO" if backend == "nccl" else "see whether a firewall closes loopback"
+        mend = (
+            "run it again with NCCL_DEBUG=INFO"
+            if backend == "nccl"
+            else "see what else this machine does, and whether a firewall closes loopback"
+        )
         return [Finding("FAIL", "collective", f"{backend} all-reduce over {ranks} ranks: {error}", mend)]
     return judge_collective(found, backend)
 
