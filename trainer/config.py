@@ -17,6 +17,7 @@ from rollout.reward.judge.settings import address_fault
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
+from trainer.config_secrets import refuse_secrets, variable_name
 from trainer.config_section import Fraction, Positive, Section
 
 
@@ -221,6 +222,17 @@ class JudgeConfig(Section):
     max_unjudged_rounds: Positive = 3
     """After so many sampling rounds in a row without any verdict of a judge that was asked, the run stops and keeps what it
     learnt."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        return variable_name(value)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _holds_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:
+        refuse_secrets(value)
+        return value
 
     @field_validator("base_url")
     @classmethod
