@@ -270,8 +270,6 @@ class EvaluationConfig(Section):
     """None: the last stage's response limit."""
 
 
-
-
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
