@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rollout import process
 from rollout.errors import InputError
@@ -34,18 +34,25 @@ class RunLock:
     """
 
     def __init__(self, run: Path) -> None:
+        self._file = _open(run)
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            self._file = open(run / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held open is what holds the lock)
-        except OSError as error:
-            raise InputError(f"{run}: run: cannot be used as a run folder ({error.strerror}); name another") from None
-        try:
-            self._take(run)
+            before, age = _examine(self._file, run)
         except BaseException:
             self._file.close()
             raise
+        if before and "released" not in before:
+            line = f"{run}: taken over from {named(before)}, which is gone; its last sign of life was {age:.0f} s ago"
+            print(f"keju: {line}", file=sys.stderr, flush=True)
+        self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), "job": _job()}
+        self._write(self._owner)
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="keju-lock", daemon=True).start()
+
+    @staticmethod
+    def check(run: Path) -> None:
+        """Raises InputError where the lock could not be taken now; leaves what is in it."""
+        with _open(run) as file:
+            _examine(file, run)
 
     def release(self) -> None:
         if self._released.is_set():
@@ -60,35 +67,6 @@ class RunLock:
     def __exit__(self, *_exception: object) -> None:
         self.release()
 
-    def _take(self, run: Path) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = False
-        except BlockingIOError:
-            held = True
-        except OSError as error:
-            raise InputError(f"{run}: run: its file system cannot lock ({error.strerror}); name another run folder") from None
-        self._file.seek(0)
-        before = _owner_in(self._file.read())
-        age = _age(self._file.fileno(), run)
-        self._owner = {
-            "pid": os.getpid(), "host": socket.gethostname(), "started": _now(), "job": os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        }  # fmt: skip
-        if held or self._may_live(before, age):
-            raise InputError(f"{run}: run: {refusal(before, age, held=held)}")
-        if before and "released" not in before:
-            line = f"{run}: taken over from {named(before)}, which is gone; its last sign of life was {age:.0f} s ago"
-            print(f"keju: {line}", file=sys.stderr, flush=True)
-        self._write(self._owner)
-
-    def _may_live(self, before: dict[str, Any], age: float) -> bool:
-        """Whether an owner on another host, whose lock this one may not see, still runs. A job that torchrun restarts on another
-        host is the same job, and torchrun has ended what ran before."""
-        if "host" not in before or "released" in before or before["host"] == self._owner["host"]:
-            return False
-        same_job = self._owner["job"] not in ("", "none") and before.get("job") == self._owner["job"]
-        return age < STALE_SECONDS and not same_job
-
     def _write(self, content: dict[str, Any]) -> None:
         self._file.seek(0)
         self._file.truncate()
@@ -99,6 +77,40 @@ class RunLock:
         while not self._released.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError, ValueError):  # closed in this moment, or a file system that is away
                 os.utime(self._file.fileno())
+
+
+def _open(run: Path) -> TextIO:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        return open(run / "run.lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{run}: run: cannot be used as a run folder ({error.strerror}); name another") from None
+
+
+def _examine(file: TextIO, run: Path) -> tuple[dict[str, Any], float]:
+    """Locks the file. Returns (who had it before, seconds since that one's last sign of life)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except BlockingIOError:
+        held = True
+    except OSError as error:
+        raise InputError(f"{run}: run: its file system cannot lock ({error.strerror}); name another run folder") from None
+    file.seek(0)
+    before = _owner_in(file.read())
+    age = _age(file.fileno(), run)
+    if held or _may_live(before, age):
+        raise InputError(f"{run}: run: {refusal(before, age, held=held)}")
+    return before, age
+
+
+def _may_live(before: dict[str, Any], age: float) -> bool:
+    """Whether an owner on another host, whose lock this one may not see, still runs. A job that torchrun restarts on another host
+    is the same job, and torchrun has ended what ran before."""
+    if "host" not in before or "released" in before or before["host"] == socket.gethostname():
+        return False
+    same_job = _job() not in ("", "none") and before.get("job") == _job()
+    return age < STALE_SECONDS and not same_job
 
 
 def refusal(owner: dict[str, Any], age: float, *, held: bool) -> str:
@@ -140,6 +152,11 @@ def _age(descriptor: int, run: Path) -> float:
     with tempfile.TemporaryFile(dir=run) as probe:  # without a name where the system can, so that the folder stays as it is
         os.utime(probe.fileno())
         return max(0, os.fstat(probe.fileno()).st_mtime_ns - touched) / 1e9
+
+
+def _job() -> str:
+    """torchrun's name of the job, "none" where nobody gave it one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def _now() -> str:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from rollout.draw import Draw, SamplingStalled, SamplingStopped, fits, why_stalled
 from rollout.engine import Decoding, Engine, EngineError, Request
-from rollout.errors import InputError
 from rollout.flight import Flight, Silence
 from rollout.lane import Job, Judge, Judged, Lane
 from rollout.prompts import PromptSource
@@ -33,34 +33,6 @@ TICK_SECONDS = 0.2
 """The longest that finished outputs wait for the next decision."""
 RECOVERIES = 3
 """Times that lost engines are started anew in one step before the run is given up."""
-
-
-class SamplingStopped(Exception):
-    """The run is to stop, so the sampling was abandoned; the ledger and the cursor are somewhere within the step."""
-
-
-class SamplingStalled(InputError):
-    """A step did not find its N groups in the rounds it may take: the prompts do not suit the policy, which a user can mend."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What a step asks of the sampler."""
-
-    step: int
-    groups: int
-    group_size: int
-    prompts_per_round: int
-    dynamic: bool
-    max_rounds: int
-    max_prompt_tokens: int
-    recover: bool
-    capacity: int | None
-    decoding: Decoding
-    max_unjudged_rounds: int | None = None
-    """After so many rounds in a row, over the steps, without any verdict of the judge that was asked, the run is given up."""
-    abort_surplus: bool = False
-    """Stop decoding as soon as N groups are legitimate: see `trainer.config.BatchConfig`."""
 
 
 @dataclass(slots=True)
@@ -341,7 +313,7 @@ class Sampler:
 
     def _recovered(self, draw: Draw) -> list[Group]:
         """The buffer. What this stage cannot use (no recovery, another G, tighter token limits than before) expires."""
-        usable = [group for group in self.state.buffer if draw.recover and _fits(group, draw)]
+        usable = [group for group in self.state.buffer if draw.recover and fits(group, draw)]
         self.state.ledger.expired += len(self.state.buffer) - len(usable)
         self.state.buffer = []
         return usable
@@ -396,27 +368,3 @@ def _certain(flying: _Flying) -> tuple[Group, ...]:
         return ()
     flying.scored += places
     return groups
-
-
-def why_stalled(draw: Draw, flight: Flight) -> str:
-    sampled = [group for each in flight.outcome() for group in each.groups]
-    judged = [group for group in sampled if group.judged]
-    easy = sum(group.right == len(group.verdicts) for group in judged)
-    hard = sum(group.right == 0 for group in judged)
-    failed = len(sampled) - len(judged)
-    unjudged = f", {failed} that the judge left without a verdict" if failed else ""
-    return (
-        f"step {draw.step + 1}: {flight.finished()} of {draw.groups} groups after {flight.rounds} rounds "
-        f"({len(sampled)} groups sampled: {easy} all right, {hard} all wrong{unjudged}); "
-        "raise batch.max_rounds, or change the prompts: too easy or too hard for this policy"
-        + (", or see to the judge" if failed else "")
-    )
-
-
-def _fits(group: Group, draw: Draw) -> bool:
-    """Whether a group of an earlier step could have been drawn under this step's settings."""
-    return (
-        len(group.samples) == draw.group_size
-        and len(group.prompt_token_ids) <= draw.max_prompt_tokens
-        and all(len(sample.token_ids) <= draw.decoding.max_new_tokens for sample in group.samples)
-    )

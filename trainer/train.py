@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if options.check or options.ranks > 1 or options.restarts:
         inputs = check_run(config)
         check_memory(options)
-        RunLock(config.run).release()
+        RunLock.check(config.run)
         if options.check:
             prompts = sum(source.state()["count"] for source in inputs.sources.values())
             print(f"{options.config}: {prompts} prompts, {config.total_steps} steps: fine")

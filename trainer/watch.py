@@ -166,7 +166,7 @@ class Watch:
         while not self._over.is_set():
             if select.select([signals], [], [], min(POST_SECONDS, self._seconds / 4))[0]:
                 for number in os.read(signals, 64):
-                    self._hear(signal.Signals(number))
+                    self._hear(number)
             if self._parent is not None and os.getppid() != self._parent:
                 os._exit(EXIT_HUNG)  # where the kernel does not see to it
             if self.main.silent() > self._seconds:
@@ -177,13 +177,13 @@ class Watch:
                 late = f"the run was asked to stop ({self._stop[1]}) and has not within {self._stop_seconds:g} s"
                 self.alarm(f"{late} (checkpoint.stop_seconds)", exact=True)
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _hear(self, number: int) -> None:
         if number not in SIGNALS:
             return
         self._signals.append(number)
         if len(self._signals) > 1:
             os._exit(128 + number)
-        self._ask_to_stop(f"{number.name} at rank {self._rank}")
+        self._ask_to_stop(f"{signal.Signals(number).name} at rank {self._rank}")
         self._wake.set()
 
     def _ask_to_stop(self, why: str) -> None:

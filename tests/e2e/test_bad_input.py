@@ -6,6 +6,7 @@ The whole command is run, alone and with two ranks: there the mistake must not b
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -141,10 +142,13 @@ def test_a_run_folder_in_use(place, ranks):
         assert holder.stdout.readline() == "held\n"
         owner = json.loads((place / "run" / "run.lock").read_text())
         assert owner["pid"] == holder.pid
-        text = refused(place, write_config(place, place / "run"), *ranks)
+        config_path = write_config(place, place / "run")
+        holder.send_signal(signal.SIGSTOP)  # or its heartbeat would touch the folder, which the refused must not
+        text = refused(place, config_path, *ranks)
         assert text.startswith(f"{place}/run: run: in use by a living run (")
         assert str(holder.pid) in text
     finally:
+        holder.send_signal(signal.SIGCONT)
         holder.communicate("")
     config_path = write_config(place, place / "run")
     assert command(config_path, "--check").wait(timeout=60) == 0, "the lock goes with the process that held it"

@@ -42,6 +42,8 @@ def refusal(run) -> str:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in [run, *run.iterdir()])
     with pytest.raises(InputError) as refused:
         RunLock(run)
+    with pytest.raises(InputError, match=r"run: (in use|held) by"):
+        RunLock.check(run)
     after = sorted((path.name, path.stat().st_mtime_ns) for path in [run, *run.iterdir()])
     assert after == before, "a refusal touches nothing"
     return str(refused.value)
@@ -79,6 +81,8 @@ def test_a_frozen_owner_is_refused_as_frozen_with_what_to_do(tmp_path, holder):
 def test_what_a_killed_owner_left_is_taken_over_and_said(tmp_path, holder, capsys):
     holder.kill()
     holder.wait()
+    RunLock.check(tmp_path / "run")
+    assert capsys.readouterr().err == "", "only whoever takes it says so"
     with RunLock(tmp_path / "run"):
         said = capsys.readouterr().err
         assert json.loads((tmp_path / "run/run.lock").read_text())["pid"] == os.getpid()
