@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,7 +25,7 @@ OTHERS_SECONDS = 5.0
 
 
 _reporter: Callable[[str], object] | None = None
-_under_way: weakref.WeakSet[Deadline] = weakref.WeakSet()
+_under_way: list[Deadline] = []
 
 
 def report_to(reporter: Callable[[str], object] | None) -> None:
@@ -37,7 +36,7 @@ def report_to(reporter: Callable[[str], object] | None) -> None:
 
 
 def under_way() -> list[str]:
-    """What this process waits for under a deadline now."""
+    """What this process waits for under a deadline now; the innermost last."""
     return [deadline.text() for deadline in list(_under_way)]
 
 
@@ -61,14 +60,14 @@ class Deadline:
 
     def __enter__(self) -> Deadline:
         self.at("its start")
-        _under_way.add(self)
+        _under_way.append(self)
         # Two threads: a board that does not answer must not keep the watch from its end.
         for task in (self._watch, self._post) if self._board is not None else (self._watch,):
             threading.Thread(target=task, name="keju-deadline", daemon=True).start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        _under_way.discard(self)
+        _under_way.remove(self)
         self._over.set()
 
     def text(self) -> str:

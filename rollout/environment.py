@@ -6,13 +6,23 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rollout.errors import InputError
 from rollout.run_lock import RunLock
 
-__all__ = ["RunLock", "check_packages", "commit", "cpu_model", "provenance", "version_of"]
+__all__ = ["RunLock", "check_packages", "commit", "cpu_model", "provenance", "version_of", "without_secrets"]
+
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+"""The end of a variable's name, in capitals, whose value is for nobody else."""
+
+
+def without_secrets(variables: Mapping[str, str], keep: Collection[str] = ()) -> dict[str, str]:
+    """What a process is shown that has no use for keys but those in `keep`."""
+    return {name: value for name, value in variables.items() if name in keep or not SECRET.search(name.upper())}
 
 
 def check_packages() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,11 +42,18 @@ class Judged:
 
 class Lane:
     """A context manager; the judging thread ends with it. `judging`: seconds that it has judged; `waited`: seconds of them that
-    the rank had nothing else to wait for. judge_seconds: deadline of one call of the judge, past which the process ends
-    (`rollout.deadline`); the verifiers' own are shorter, this one is for what they do not hold. None: no deadline."""
+    the rank had nothing else to wait for. judge_seconds: by the number of outputs, deadline of one call of the judge, past
+    which the process ends (`rollout.deadline`); the verifiers' own are shorter, this one is for what they do not hold. None: no
+    deadline."""
 
     def __init__(
-        self, engine: Engine, judge: Judge, progress: Progress, *, overlap: bool = True, judge_seconds: float | None = None
+        self,
+        engine: Engine,
+        judge: Judge,
+        progress: Progress,
+        *,
+        overlap: bool = True,
+        judge_seconds: Callable[[int], float] | None = None,
     ) -> None:
         self._judge_seconds = judge_seconds
         self._engine, self._judge, self._progress, self._overlap = engine, judge, progress, overlap
@@ -119,7 +126,7 @@ class Lane:
         start = time.perf_counter()
         limit = nullcontext()
         if self._judge_seconds is not None:
-            limit = Deadline(self._judge_seconds, f"judging {len(finished)} outputs")
+            limit = Deadline(self._judge_seconds(len(finished)), f"judging {len(finished)} outputs")
         with limit:
             verdicts = self._judge.judge([(job.prompt, sample) for job, sample in finished])
         self.judging += time.perf_counter() - start

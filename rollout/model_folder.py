@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,7 +31,9 @@ def check_model_folder(path: Path) -> None:
         raise InputError(f"{path}: no such model folder; name a Hugging Face folder (or run the command that writes this one)")
     read_config(path, "a model folder holds config.json, *.safetensors and tokenizer.json")
     if not any(path.glob("*.safetensors")):
-        raise InputError(f"{path}: no *.safetensors weights; save the model with safetensors into this folder")
+        other = next((file.name for pattern in PICKLED for file in sorted(path.glob(pattern))), None)
+        pickled = f" ({other} is a pickle, which could run any program, and is never read)" if other else ""
+        raise InputError(f"{path}: no *.safetensors weights{pickled}; save the model with safetensors into this folder")
     if not (path / "tokenizer.json").exists():
         raise InputError(f"{path}/tokenizer.json: missing; save the model's fast tokenizer into this folder")
 
@@ -101,7 +104,9 @@ def load_causal_lm(path: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar per rank over fifty tensors is noise among the run's own lines
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     check_causal_lm(model, path)
     return model
 

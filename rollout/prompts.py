@@ -160,7 +160,11 @@ class _RowReader:
 
 def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number from 1, place for messages, columns) of each row."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise InputError(f"{_short(str(path))}: cannot be looked at ({error.strerror}); check the path") from None
+    if not there:
         raise InputError(f"{path}: there is no such file; check the path")
     if not path.is_file():
         raise InputError(f"{path}: is not a file; name one .jsonl or .parquet file")

@@ -112,7 +112,7 @@ def refusal(owner: dict[str, Any], age: float, *, held: bool) -> str:
     if age < STALE_SECONDS:
         return f"in use by a living run ({who}); stop it or name another run folder"
     state = process.state(owner["pid"]) if owner.get("host") == socket.gethostname() and "pid" in owner else None
-    how = f", {process.STATES.get(state, state)}" if state else ""
+    how = f" (state {state})" if state else ""
     return (
         f"held by {who}, which seems to be frozen{how}: no sign of life for {age:.0f} s; wake it (kill -CONT {owner.get('pid')}) "
         f"or end it (kill -KILL {owner.get('pid')}), or name another run folder"

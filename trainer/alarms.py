@@ -15,8 +15,8 @@ A step's cause is bad or not by these rules (bounds and numbers of steps: `train
 
 An alarm begins after its own number of bad steps in a row (1 where the rule is of a mean) and ends after `steps` in a row that
 are not. A step without the quantity says nothing and changes nothing. Each step's row gets alarm/<name>, 1 while the alarm lasts
-and else 0; absent where it is off or says nothing. When a run goes on from a checkpoint the rows up to there are read again, so the
-alarms stand as they stood.
+and else 0; absent where it is off or says nothing. When a run goes on from a checkpoint the rows up to there are read again, so
+the alarms stand as they stood.
 """
 
 from __future__ import annotations

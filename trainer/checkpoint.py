@@ -48,6 +48,8 @@ __all__ = ["Checkpoints", "RunState"]
 
 GROUP_GRACE = 60.0
 """Seconds by which a wait for the other ranks' threads outlives checkpoint.seconds, so that the deadline speaks first."""
+PULSE_SECONDS = 1.0
+"""Between two signs of life while the loop waits for a write."""
 ROOM = 1 << 20
 """Bytes beside tensors and state that must be free."""
 MEND = "free space there or lower checkpoint.keep, or mend what the system says"
@@ -183,7 +185,9 @@ class Checkpoints:
 
     def _take(self) -> None:
         """What came of a write, once."""
-        self._writing.join()
+        while self._writing.is_alive():
+            self._writing.join(PULSE_SECONDS)
+            self._ranks.pulse.stir()  # the write has a deadline of its own
         write, self._writing = self._writing, None
         if isinstance(write.fault, SaveFailed):
             self._count(write.step, write.fault)

@@ -17,6 +17,7 @@ from rollout.reward.judge.settings import address_fault
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
+from trainer.config_secrets import refuse_secrets, variable_name
 from trainer.config_section import Fraction, Positive, Section
 
 
@@ -222,6 +223,17 @@ class JudgeConfig(Section):
     """After so many sampling rounds in a row without any verdict of a judge that was asked, the run stops and keeps what it
     learnt."""
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        return variable_name(value)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _holds_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:
+        refuse_secrets(value)
+        return value
+
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, value: str) -> str:
@@ -258,12 +270,10 @@ class EvaluationConfig(Section):
     """None: the last stage's response limit."""
 
 
-
-
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
-    the run with a report (docs/stopping.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks may
+    the run with a report (docs/operations.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks may
     wait for each other."""
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:

@@ -6,8 +6,9 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from trainer.config_secrets import variable_name
 from trainer.config_section import Positive, Section
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -68,6 +69,11 @@ class EngineConfig(Section):
     one two. Not the paper's algorithm, in which only recovered responses are old; no importance weight corrects it but
     objective.tis_cap. Needs vllm-server, or vllm on a CPU."""
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        return variable_name(value)
+
     @model_validator(mode="after")
     def _possible(self) -> EngineConfig:
         if self.one_step_off and self.kind == "transformers":
@@ -79,6 +85,8 @@ class EngineConfig(Section):
         if self.kind == "vllm-server" and not self.servers:
             raise ValueError("servers is empty: kind vllm-server needs at least one, such as servers: [http://127.0.0.1:8000]")
         for server in self.servers:
+            if "@" in server:
+                raise ValueError("servers: an address holds a name or password; put the key into the environment (api_key_env)")
             if not re.fullmatch(r"https?://[^/\s]+", server):
                 raise ValueError(f"servers: {server!r} is not a base address such as http://127.0.0.1:8000")
             if self.sync_host is None and urlsplit(server).hostname not in LOOPBACK:

@@ -19,6 +19,10 @@ from rollout.errors import InputError
 from trainer.config import STAGE_SECTIONS, RunConfig
 
 Location = tuple[int | str, ...]
+MOST_VALUES = 100_000
+MOST_NESTED = 50
+MOST_BRACKETS = 200
+MOST_BYTES = 1 << 20
 
 
 def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
@@ -29,6 +33,7 @@ def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     raw = _read_yaml(path)
     for override in overrides:
         _apply_override(raw, override)
+    _check_size(path, raw)
     merged, origin = _merge_stages(raw)
     try:
         return RunConfig.model_validate(merged)
@@ -75,7 +80,12 @@ for _side in (_Loader, _Dumper):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_bytes().decode("utf-8"), Loader=_Loader)
+        content = path.read_bytes()
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{path}: has {len(content):,} bytes, more than any configuration; see configs/demo.yaml")
+        text = content.decode("utf-8")
+        _check_brackets(path, text)
+        raw = yaml.load(text, Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a configuration such as configs/demo.yaml") from None
     except OSError as error:
@@ -90,6 +100,39 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds {_short(raw)}, not a mapping of keys; see configs/demo.yaml")
     return raw
+
+
+def _check_brackets(path: Path, text: str) -> None:
+    """PyYAML's time grows with the square of their depth: 20,000 would take minutes."""
+    depth = 0
+    for bracket in re.findall(r"[\[{\]}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > MOST_BRACKETS:
+            raise InputError(f"{path}: brackets are nested more than {MOST_BRACKETS} deep; see configs/demo.yaml")
+
+
+def _check_size(path: Path, raw: Any) -> None:
+    """Refuses what no configuration is: aliases that stand for millions of values or for what they stand in, nesting without end,
+    and half characters. What comes after may then write any part of it out."""
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(value: Any, depth: int) -> int:
+        if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise InputError(f"{path}: {_short(value)} has half a surrogate pair; write the character whole")
+        if not isinstance(value, dict | list | set):
+            return 1
+        if id(value) in inside or depth > MOST_NESTED:
+            raise InputError(f"{path}: keys and lists are nested more than {MOST_NESTED} deep; see configs/demo.yaml")
+        if id(value) not in sizes:
+            inside.add(id(value))
+            parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(part, depth + 1) for part in parts)
+            inside.discard(id(value))
+        return sizes[id(value)]
+
+    if size(raw, 0) > MOST_VALUES:
+        raise InputError(f"{path}: its aliases (*) stand for more than {MOST_VALUES:,} values; write out what is meant")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

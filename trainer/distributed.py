@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rollout.errors import InputError
 from rollout.ranks import Ranks
+from trainer.fresh_store import fresh_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,20 +44,21 @@ def process_group(
         torch.cuda.set_device(device)
     shape = mesh_shape(size, shard_ranks)
     store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
-    board = StoreBoard(store, rank, size) if size > 1 else None
-    if watch is not None and board is not None:
-        watch.join(board)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, store=dist.PrefixStore("default_pg", store), rank=rank,
-                            world_size=size)  # fmt: skip
     try:
-        objects = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        yield (
-            Ranks(rank, size, objects, board, *(() if watch is None else (watch.main,))),
-            init_device_mesh(device.type, shape, mesh_dim_names=MESH_NAMES[-len(shape) :]),
-            device,
-        )
+        with fresh_store(store, rank, size) as fresh:
+            board = StoreBoard(fresh, rank, size) if size > 1 else None
+            if watch is not None and board is not None:
+                watch.join(board)
+            place = {"store": dist.PrefixStore("default_pg", fresh), "rank": rank, "world_size": size}
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **place)
+            objects = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_NAMES[-len(shape) :])
+        for name in mesh.mesh_dim_names if size > 1 else ():  # these know torch's own: 10 minutes for NCCL
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
+        yield Ranks(rank, size, objects, board, *(() if watch is None else (watch.main,))), mesh, device
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def mesh_shape(ranks: int, shard_ranks: int | None) -> tuple[int, ...]:

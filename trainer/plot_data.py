@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from rollout.errors import InputError
+from trainer.config_guards import ALARMS
 from trainer.metrics import LEDGER_FATES, PHASES, number
 
 PHASE_NAMES = {
@@ -49,7 +50,8 @@ class RunData:
     """A run, ready to draw. All arrays are float64 [n] for n finished steps but those in `evaluations`.
 
     accuracy: share of right among all samples drawn in the step; drawn: raw prompts so far; seconds: by phase, "other" being what
-    time/step holds beyond the phases; ledger: cumulative prompts by fate. Phases and fates that no row has are absent.
+    time/step holds beyond the phases; ledger: cumulative prompts by fate; alarms: by name, 1 where one lasted. Phases, fates and
+    alarms that no row has are absent.
     """
 
     steps: np.ndarray
@@ -62,6 +64,7 @@ class RunData:
     drawn: np.ndarray
     seconds: dict[str, np.ndarray]
     ledger: dict[str, np.ndarray]
+    alarms: dict[str, np.ndarray]
     evaluations: tuple[EvaluationSeries, ...]
 
 
@@ -83,6 +86,7 @@ def prepare(rows: list[dict]) -> RunData:
         drawn=drawn,
         seconds=phase_seconds(train, evals),
         ledger={fate: column(train, f"ledger/{fate}") for fate in LEDGER_FATES if np.nansum(column(train, f"ledger/{fate}")) > 0},
+        alarms={name: column(train, f"alarm/{name}") for name in ALARMS if np.nansum(column(train, f"alarm/{name}")) > 0},
         evaluations=evaluation_series(evals, steps, drawn),
     )
 

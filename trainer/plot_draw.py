@@ -43,6 +43,7 @@ FATE_COLORS = {
 }
 STYLE = {
     "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a name may hold a dollar
     "font.size": 9,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -64,6 +65,7 @@ STYLE = {
 }
 DPI = 150
 X_TICKS = 6
+ALARM_COLORS = (VERMILION, PURPLE, ORANGE)
 TIME_BARS = 120  # more bars than this are thinner than a pixel or two, and a short phase in them would vanish
 CONTEXT_HEADROOM = 3.0  # a context limit more than this many times above the greatest mean length would flatten the curve
 
@@ -77,6 +79,7 @@ def draw_entropy(figure: FigureBase, data: RunData) -> None:
         label = f"target {targets[0]:g}" if len(targets) == 1 else "target"
         _level(axes, data.steps, data.target, label, color="#222222", linestyle=(0, (5, 3)), linewidth=1.3, zorder=3)
     _least_span(axes, 0.05)
+    _mark_alarms(axes, data, ("entropy", "language", "mismatch"))
     _legend_below(figure, axes)
 
 
@@ -91,11 +94,13 @@ def draw_length(figure: FigureBase, data: RunData) -> None:
     if not np.isfinite(data.length).any():
         _say_unmeasured(axes)
         return
+    _mark_alarms(axes, data, ("length", "truncation", "repetition"))
     longest = np.nanmax(data.length)
     near = data.context[data.context <= CONTEXT_HEADROOM * longest]
     if len(near):
         # A limit too far above leaves through the top of the axes; the stage's name still says it.
         _level(axes, data.steps, data.context, "context limit (prompt and response)", color=GREY, linewidth=1.0)
+    if axes.get_legend_handles_labels()[0]:
         _legend_below(figure, axes)
     axes.set_ylim(0, 1.08 * max(longest, near.max(initial=0.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -218,6 +223,17 @@ def _finish_axes(axes: Axes, title: str, y_label: str, x_label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(X_TICKS, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel(y_label)
+
+
+def _mark_alarms(axes: Axes, data: RunData, names: tuple[str, ...]) -> None:
+    """A bar at the foot of the axes over the steps in which each of these alarms lasted, with its name."""
+    for place, name in enumerate(name for name in names if name in data.alarms):
+        lasted, edges = data.alarms[name] > 0, _edges(data.steps)
+        starts = np.flatnonzero(lasted & ~np.append(False, lasted[:-1]))
+        for start in starts:
+            end = start + int(np.argmin(np.append(lasted[start:], False)))
+            foot = {"ymin": 0.05 * place, "ymax": 0.05 * place + 0.04, "linewidth": 0, "color": ALARM_COLORS[place], "zorder": 1}
+            axes.axvspan(edges[start], edges[end], label=f"alarm: {name}" if start == starts[0] else None, **foot)
 
 
 def _draw_bands(axes: Axes, bands: tuple[Band, ...], edges: np.ndarray, *, stage_colors: bool) -> None:

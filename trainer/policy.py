@@ -24,6 +24,7 @@ from trainer.attention import ALONE, Attention, attention_kernel
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.batch import MicroBatch
 from trainer.config import RunConfig
+from trainer.distributed import unwatched_seconds
 from trainer.layers import KEEP_ALL, LayerOptions, layer_options, prepare_layers
 from trainer.loading import empty_causal_lm, load_shards
 from trainer.sequence_parallel import check_heads, sequence_group
@@ -111,7 +112,7 @@ def policy_options(config: RunConfig, precision: torch.dtype, device: torch.devi
     asked for is not there, or the ranks cannot be grouped."""
     model = config.model
     kernel = attention_kernel(model.attention, device, precision)
-    group = sequence_group(config.parallel.sequence_ranks, config.parallel.timeout_seconds)
+    group = sequence_group(config.parallel.sequence_ranks, unwatched_seconds(config.parallel.timeout_seconds))
     return PolicyOptions(precision, getattr(torch, model.weights), layer_options(config), Attention(kernel, group))
 
 

@@ -88,7 +88,10 @@ class ReportWriter:
                     found[rank] = Health.from_json(text)
             with contextlib.suppress(OSError, ValueError, TypeError):
                 if rank not in found:
-                    found[rank] = Health.from_json(health_path(self._run, rank).read_text(encoding="utf-8"))
+                    health = Health.from_json(health_path(self._run, rank).read_text(encoding="utf-8"))
+                    # Before the ranks have met, what a dead process left there may be of an earlier start.
+                    if self._board is not None or (health.host == self._own.host and process.alive(health.pid, health.born)):
+                        found[rank] = health
         return [found[rank] for rank in sorted(found)]
 
     def _with_stacks(self, ranks: list[Seen]) -> list[Seen]:

@@ -16,7 +16,7 @@ from rollout.reward.correctness import Correctness
 from rollout.reward.judge.verifier import JudgeVerifier
 from rollout.reward.pipeline import Reward
 from rollout.reward.repetition import RepetitionLimits
-from rollout.reward.rule import RuleVerifier
+from rollout.reward.rule import ANSWER_SECONDS, RuleVerifier
 from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
@@ -110,9 +110,17 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         overlap=config.engine.overlap,
         hosts=hosts,
         stopping=watch.stopping,
-        judge_seconds=config.parallel.timeout_seconds,
+        judge_seconds=lambda outputs: judge_seconds(config, outputs),
     )
     return Parts(actor, engine, sync, sampler, correctness, judge, device, precision)
+
+
+def judge_seconds(config: RunConfig, outputs: int) -> float:
+    """For all verdicts on so many outputs at once: the verifiers' own deadlines, one after the other, and
+    parallel.timeout_seconds for what has none (their start, the filter)."""
+    reward = config.reward
+    rule = reward.batch_seconds or reward.timeout_seconds + ANSWER_SECONDS * outputs / reward.workers
+    return rule + (reward.judge.deadline_seconds if reward.judge else 0.0) + config.parallel.timeout_seconds
 
 
 def build_judge(config: RunConfig, ranks: Ranks, note: Callable[[str], None]) -> JudgeVerifier | None:

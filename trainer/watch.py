@@ -38,8 +38,8 @@ from trainer.hang_report import Health
 from trainer.report_writer import ReportWriter, health_path, stack_path
 
 POST_SECONDS = 1.0
-QUIET_POST_SECONDS = 10.0
-"""Between two posts of a rank that does not get on."""
+QUIET_POST_SECONDS = 3.0
+"""Between two posts of a rank that does not get on; well below `trainer.hang_report.QUIET_SECONDS`."""
 BOARD_SECONDS = 5.0
 """For a word with the board, before the alarm goes on without it."""
 ALARM_SECONDS = 60.0
@@ -135,6 +135,7 @@ class Watch:
             threading.Thread(target=self._post, name="keju-post", daemon=True),
         ]
         self.main.stir()
+        self._wake.set()
         for thread in self._threads:
             thread.start()
         return self
@@ -250,10 +251,11 @@ class Watch:
                 self.alarm(f"{peer.who} is gone" + (f" ({end})" if end else ""))
 
     def health(self) -> Health:
-        main, waits = self.main, deadline.under_way()
+        main = self.main
+        waits = main.waits or "".join(deadline.under_way()[-1:]).removeprefix(f"rank {self._rank}: ")
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
-            waits=main.waits or "; ".join(waits), sequence=main.sequence, silent=round(main.silent(), 1),
+            waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
             said=time.monotonic(), end=self._end,
         )  # fmt: skip
 

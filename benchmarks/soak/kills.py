@@ -90,6 +90,7 @@ class KillSeries:
         self._check, self._note, self._limit = check, note, limit
         self._generator = np.random.default_rng(seed)
         self._order = shuffled(kinds, self._generator)
+        self._missed: str | None = None
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -123,9 +124,10 @@ class KillSeries:
                 time.sleep(0.02)
             if process.poll() is not None:
                 break
-            kind = next(self._order)
+            kind, self._missed = self._missed or next(self._order), None
             if not strike(kind, mark, self._generator):
-                continue  # no such process at this instant
+                self._missed = kind  # no such process at this instant: at the next
+                continue
             kill = Kill(kind, time.monotonic() - started, steps_of(run))
             self.outcome.kills.append(kill)
             self._note(f"kill {len(self.outcome.kills)} of {self._kills}: {kind} after {kill.after:.1f} s, at step {kill.step}")

@@ -15,6 +15,8 @@ import resource
 import struct
 import sys
 
+from rollout.environment import without_secrets
+
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # _REFUSE: the call fails with EPERM
@@ -31,6 +33,8 @@ _X32 = 0x40000000
 def confine(kept: int) -> None:
     """Bound the calling process for the rest of its life. kept: its one file descriptor beside the standard three."""
     os.setsid()
+    for name in set(os.environ) - set(without_secrets(os.environ)):
+        del os.environ[name]
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):

@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from rollout.engine import EngineError
+from rollout.environment import without_secrets
 from rollout.vllm.channel import Channel, ChannelClosed, Message
 from rollout.vllm.settings import PACK_VARIABLE, VllmSettings
 
@@ -129,9 +131,9 @@ def environment(threads: int, device: str | None, workers: int = 1, *, pack_weig
     return common_environment(threads) | place
 
 
-def common_environment(threads: int) -> dict[str, str]:
-    """What any process of vLLM sees, on a GPU and on a CPU."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SCRUBBED)}
+def common_environment(threads: int, keep: Collection[str] = ()) -> dict[str, str]:
+    """What any process of vLLM sees, on a GPU and on a CPU. keep: the keys among its variables that it needs."""
+    kept = {name: value for name, value in without_secrets(os.environ, keep).items() if not name.startswith(SCRUBBED)}
     return kept | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "",

@@ -67,7 +67,9 @@ def vllm_arguments(settings: ServeSettings, *, cpu: bool) -> list[str]:
         "--max-model-len": str(settings.max_model_len),
         "--max-num-seqs": str(settings.max_sequences),
         "--tensor-parallel-size": str(settings.tensor_parallel),
-        "--load-format": "auto" if settings.load else "dummy",  # random: what a push leaves out cannot pass for the policy's
+        "--load-format": "safetensors"
+        if settings.load
+        else "dummy",  # random: what a push leaves out cannot pass for the policy's
         "--logprobs-mode": "processed_logprobs",  # under the distribution sampled from, temperature included
         "--generation-config": "vllm",  # not the folder's: it may hold a repetition penalty
         "--weight-transfer-config": json.dumps({"backend": "keju"}),

@@ -72,7 +72,7 @@ class Worker:
                 max_num_seqs=settings.max_sequences,
                 seed=settings.seed,
                 # random: what a push leaves out cannot pass for the policy's
-                load_format="auto" if settings.stored else "dummy",
+                load_format="safetensors" if settings.stored else "dummy",
                 skip_tokenizer_init=True,
                 enforce_eager=_on_cpu(),
                 enable_prefix_caching=True,

@@ -1,10 +1,11 @@
-"""A run on which something befalls a rank at a stated place: `python -m tests.e2e.faulty_run FAULT CONFIG …`, under torchrun or alone.
+"""A run on which something befalls rank 1, or the only one: `python -m tests.e2e.faulty_run FAULT CONFIG …`, under torchrun or
+alone.
 
-update:freeze     rank 1 stops itself, as a machine that hangs does, in the second micro-batch of the second step's update
-update:native     rank 1 sleeps there in C, and keeps the interpreter to itself
-update:sleep      rank 1 sleeps there, in Python's own sleep
-collective:freeze rank 1 stops before a collective of the third step's sampling
-generate:sleep    the embedded engine of rank 1 sleeps before its second token
+    update:freeze     it stops itself in the third step's update, as a machine that hangs does
+    update:native     it waits there in C without end, and keeps the interpreter to itself
+    generate:sleep    its embedded engine sleeps before the second token of the first evaluation
+
+The watch's deadline begins with the first step: on a busy machine the start takes longer than a test should wait later.
 """
 
 import ctypes
@@ -13,8 +14,7 @@ import signal
 import sys
 import time
 
-import trainer.setup  # noqa: F401 - before the watch begins: on a busy machine it takes as long as a deadline here
-from trainer import train
+from trainer import actor, loop, train
 
 HANG_SECONDS = 600
 
@@ -24,7 +24,9 @@ def freeze():
 
 
 def native():
-    ctypes.PyDLL(None).sleep(HANG_SECONDS)  # PyDLL: holds the interpreter
+    lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)  # PyDLL holds the interpreter
+    lock(mutex)
+    lock(mutex)
 
 
 def sleep():
@@ -32,49 +34,45 @@ def sleep():
 
 
 def in_update(fault):
-    from trainer import actor
-
-    plain = actor.linear_policy_loss
-    calls = 0
+    plain, calls = actor.linear_policy_loss, []
 
     def faulty(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
+        calls.append(1)
+        if len(calls) == 6:
             fault()
         return plain(*arguments)
 
     actor.linear_policy_loss = faulty
 
 
-def in_collective(fault):
-    from rollout.ranks import Ranks
-
-    plain = Ranks.gather
-
-    def faulty(self, value):
-        if self.pulse.step == 3:
-            fault()
-        return plain(self, value)
-
-    Ranks.gather = faulty
-
-
 def in_generate(fault):
-    from rollout import transformers_engine
+    from rollout.transformers_engine import _EachToken
 
-    plain = transformers_engine._EachToken.__call__
+    plain = _EachToken.__call__
 
     def faulty(self, *arguments):
-        if self._count == 1:
+        if self._progress is not None and self._count == 1:  # a push's probe shows no progress
             fault()
         return plain(self, *arguments)
 
-    transformers_engine._EachToken.__call__ = faulty
+    _EachToken.__call__ = faulty
+
+
+class LateWatch(train.Watch):
+    def __init__(self, *arguments, seconds, **options):
+        super().__init__(*arguments, seconds=HANG_SECONDS, **options)
+        plain = loop.TrainingLoop.train_step
+
+        def from_now_on(self_, step):
+            self._seconds = seconds
+            return plain(self_, step)
+
+        loop.TrainingLoop.train_step = from_now_on
 
 
 if __name__ == "__main__":
     place, _, name = sys.argv.pop(1).partition(":")
+    train.Watch = LateWatch
     if os.environ.get("RANK", "1") == "1":
-        {"update": in_update, "collective": in_collective, "generate": in_generate}[place](globals()[name])
+        {"update": in_update, "generate": in_generate}[place](globals()[name])
     sys.exit(train.main(sys.argv[1:]))

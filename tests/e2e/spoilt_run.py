@@ -3,7 +3,6 @@ test_guarded_run.py."""
 
 import math
 import os
-import sys
 
 from trainer import cli, train
 from trainer.actor import Actor

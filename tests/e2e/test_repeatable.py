@@ -185,7 +185,7 @@ def test_a_stop_changes_nothing_on_two_ranks(tiny, whole_on_two_ranks):
     assert rows_of(load_config(config_path).run) == rows_of(whole_on_two_ranks)
 
 
-def test_an_interrupt_ends_every_rank(tiny, whole_on_two_ranks):
+def test_an_interrupt_ends_every_rank_with_a_checkpoint(tiny, whole_on_two_ranks):
     config_path = stopped_after(INSIDE_STAGE_1, whole_on_two_ranks, tiny, "interrupted")
     run = load_config(config_path).run
     process = command(config_path, "--ranks", "2")
@@ -195,11 +195,16 @@ def test_an_interrupt_ends_every_rank(tiny, whole_on_two_ranks):
     first_rank = json.loads((run / "run.lock").read_text())["pid"]
     assert first_rank != process.pid
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped after step ")]
+    step = int(line.removesuffix("; the same command continues").split()[-1])
+    assert (run / f"checkpoints/step-{step:06d}/manifest.json").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(first_rank, 0)
     assert not (run / f"checkpoints/step-{STEPS:06d}").exists(), "interrupted too late to show anything"
+    train_on_two_ranks(config_path)
+    assert rows_of(run) == rows_of(whole_on_two_ranks)
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(tiny, whole_on_two_ranks):

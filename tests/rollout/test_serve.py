@@ -164,7 +164,7 @@ def test_vllm_is_told_what_rollouts_need(folder):
     assert "--kv-cache-memory-bytes" not in gpu
     assert dict(itertools.pairwise(gpu))["--dtype"] == "bfloat16"
     loaded = ServeSettings(str(folder), "127.0.0.1", 8000, "auto", 1024, 16, None, 1, None, load=True)
-    assert dict(itertools.pairwise(vllm_arguments(loaded, cpu=True)))["--load-format"] == "auto"
+    assert dict(itertools.pairwise(vllm_arguments(loaded, cpu=True)))["--load-format"] == "safetensors"
     assert ServeSettings.from_json(loaded.to_json()) == loaded
 
 

@@ -1,6 +1,7 @@
 """Each alarm on rows of its failure: it begins when its rule says, ends when it says, and is silent on a healthy run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ FAILURES = {
     "length": ({"length/mean": 100.0}, 24, "mean length 160 tokens, mean of 5 steps, bound 200"),
     "recovery_empty": ({"recovery/size": 0, "used": 0}, 30, "0 groups left to recover"),
     "recovery_unused": ({"used": 0}, 25, "0 of 3 waiting groups trained on"),
-    "over_generation": ({"sampling/over_generation": 30.0}, 22, "13.2 groups sampled for each trained on, mean of 5 steps, bound 12"),
+    "over_generation": ({"sampling/over_generation": 30.0}, 22, "13.2 groups sampled for each trained on, mean of 5 steps"),
     "mismatch": ({"mismatch/mean": 0.06, "mismatch/alarm": 1}, 21, "sampler and trainer disagree: mean |Δ log-probability| 0.06"),
 }  # fmt: skip
 
@@ -214,9 +215,8 @@ def test_the_healthy_runs_that_were_measured_have_none(name):
     ],
 )
 def test_impossible_settings_are_refused(keys, told):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(told)):
         AlarmsConfig(**keys)
-    assert told in str(caught.value)
 
 
 def test_each_can_be_switched_off():

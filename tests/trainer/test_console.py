@@ -75,6 +75,19 @@ def test_the_view_holds_everything_at_this_width(width):
     assert [word for word in words if word not in text] == []
 
 
+def test_an_alarm_is_shown_whole_while_it_lasts():
+    assert "ALARM" not in seen(STATE, 80)
+    line = "length: mean length 159 tokens, mean of 5 steps, bound 200"
+    text = seen(replace(STATE, alarms=(line, "mismatch: sampler and trainer disagree")), 80)
+    assert text.count("ALARM") == 2
+    assert line in text
+    with Console(60, list(STAGES), stream=io.StringIO()) as console:
+        console.alarms((line,))
+        assert console._state.alarms == (line,)
+        console.alarms(())
+        assert console._state.alarms == ()
+
+
 def test_the_sparkline_is_that_of_the_last_thirty_entropies():
     assert sparkline(STATE.entropies, 0.55) in seen(STATE, 80)
     assert len(sparkline(STATE.entropies)) == 30
@@ -176,6 +189,7 @@ def test_the_null_console_takes_every_call():
         console.step({})
         console.evaluation({})
         console.note("")
+        console.alarms(("a",))
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -227,7 +227,7 @@ def test_ranks_that_share_a_micro_batch_give_their_shares_in_order():
 
     keys, lengths = [b"a", b"b"], [3, 2]
     shares = [[(keys, lengths, np.array([1.0, 2.0]))], [(keys, lengths, np.array([3.0, 4.0, 5.0]))]]
-    joined = _joined(shares + [[([b"c"], [1], np.array([6.0]))], [([b"c"], [1], np.array([]))]], together=2)
+    joined = _joined([*shares, [([b"c"], [1], np.array([6.0]))], [([b"c"], [1], np.array([]))]], together=2)
     assert {key: value.tolist() for key, value in joined.items()} == {b"a": [1, 2, 3], b"b": [4, 5], b"c": [6]}
     alone = _joined([[([], [], np.array([]))], [(keys, lengths, np.arange(5.0))]], together=1)
     assert {key: value.tolist() for key, value in alone.items()} == {b"a": [0, 1, 2], b"b": [3, 4]}
