@@ -31,7 +31,9 @@ def small_actor(mesh: DeviceMesh) -> Actor:
 def update(actor: Actor, times: int = 1) -> list[dict]:
     """On one batch, scored under the weights of now. Returns what each update found."""
     [scored] = actor.score(batches(STAGE), STAGE)
-    return [asdict(actor.update(scored, STAGE)) for _ in range(times)]
+    results = [asdict(actor.update(scored, STAGE)) for _ in range(times)]
+    assert [result.pop("fault") for result in results] == [None] * times
+    return results
 
 
 def state_at(step: int, groups: int = 2) -> RunState:
