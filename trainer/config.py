@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from rollout.reward.judge.settings import address_fault
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
-from trainer.config_secrets import refuse_secrets, variable_name
+from trainer.config_secrets import NoSecrets, VariableName
 from trainer.config_section import Fraction, Positive, Section
 
 
@@ -204,7 +204,7 @@ class JudgeConfig(Section):
 
     base_url: str
     model: str
-    api_key_env: str = "KEJU_JUDGE_API_KEY"
+    api_key_env: VariableName = "KEJU_JUDGE_API_KEY"
     process: Literal["thinking", "answer", "off"] = "thinking"
     process_counts: bool = True
     concurrency: Positive = 16
@@ -218,21 +218,10 @@ class JudgeConfig(Section):
     reason_chars: Positive | None = 600
     max_answer_chars: Positive = 8000
     max_thinking_chars: Annotated[int, Field(ge=1000)] = 24000
-    extra_body: dict[str, Any] = Field(default_factory=dict)
+    extra_body: NoSecrets = Field(default_factory=dict)
     max_unjudged_rounds: Positive = 3
     """After so many sampling rounds in a row without any verdict of a judge that was asked, the run stops and keeps what it
     learnt."""
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, value: str) -> str:
-        return variable_name(value)
-
-    @field_validator("extra_body")
-    @classmethod
-    def _holds_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:
-        refuse_secrets(value)
-        return value
 
     @field_validator("base_url")
     @classmethod

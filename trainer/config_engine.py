@@ -6,9 +6,9 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from trainer.config_secrets import variable_name
+from trainer.config_secrets import VariableName
 from trainer.config_section import Positive, Section
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -41,7 +41,7 @@ class EngineConfig(Section):
     sync_host: str | None = None
     """vllm-server: address of rank 0's host under which the servers' hosts reach it. Weights then go to all of them by broadcast
     (NCCL, or gloo without a GPU). None: every server is on rank 0's host and maps its memory."""
-    api_key_env: str = "KEJU_API_KEY"
+    api_key_env: VariableName = "KEJU_API_KEY"
     """vllm-server: environment variable that holds the servers' key; unset or empty: none is sent."""
     wire: Literal["engine", "float8"] = "engine"
     """How weights travel. engine: in the engine's compute dtype. float8: matrices as e4m3 with a scale per output channel, half
@@ -68,11 +68,6 @@ class EngineConfig(Section):
     """Sample step k + 1 while step k trains: every response is then one policy step old when it is trained on, and a recovered
     one two. Not the paper's algorithm, in which only recovered responses are old; no importance weight corrects it but
     objective.tis_cap. Needs vllm-server, or vllm on a CPU."""
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, value: str) -> str:
-        return variable_name(value)
 
     @model_validator(mode="after")
     def _possible(self) -> EngineConfig:

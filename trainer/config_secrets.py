@@ -5,7 +5,9 @@ value."""
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 NAME = re.compile(
     r"(^|[_-])(api[_-]?key|secret([_-]?key)?|password|passwd|authori[sz]ation|bearer|credentials?|"
@@ -26,11 +28,16 @@ def variable_name(value: str) -> str:
     return value
 
 
-def refuse_secrets(value: Any, at: str = "") -> None:
-    """Raises ValueError where a tree of a configuration holds what looks like a key."""
+def without_secret(value: Any, at: str = "") -> Any:
+    """The value. Raises ValueError where this tree of a configuration holds what looks like a key."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, child in children:
         place = f"{at}.{name}" if at else str(name)
         if (isinstance(name, str) and NAME.search(name)) or (isinstance(child, str) and VALUE.search(child)):
             raise ValueError(f"{place} looks like a secret, and configurations are written down; put it into the environment")
-        refuse_secrets(child, place)
+        without_secret(child, place)
+    return value
+
+
+VariableName = Annotated[str, AfterValidator(variable_name)]
+NoSecrets = Annotated[dict[str, Any], AfterValidator(without_secret)]

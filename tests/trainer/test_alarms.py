@@ -119,6 +119,13 @@ def test_a_share_that_has_always_been_so_does_not_rise():
     assert play(course((40, {"language/mixed": 0.6, "verdict/truncated": 0.6})))[0] == {}
 
 
+def test_a_rise_is_from_the_least_and_a_fall_from_the_greatest():
+    mixed = course((10, {"language/mixed": 0.25}), (10, {"language/mixed": 0.05}), (10, {"language/mixed": 0.25}))
+    assert play(mixed)[0] == {"language": list(range(23, 31))}
+    length = course((10, {}), (10, {"length/mean": 1000.0}), (10, {}))
+    assert play(length)[0] == {"length": list(range(25, 31))}
+
+
 def test_windows_start_anew_with_a_stage_where_the_quantity_may_jump():
     jump = {"stage": 1, "length/mean": 150.0, "entropy/mean": 2.0, "verdict/truncated": 0.6}
     rows = course((20, {"stage": 0}), (30, jump))

@@ -283,6 +283,7 @@ def test_a_check_that_hangs_or_breaks_is_told_and_ends_nothing():
     assert "ZeroDivisionError: a b" in findings[1].line()
     assert "\n" not in findings[1].line()
     assert findings[2].line() == "FAIL refuses      x.yaml: y: z"
+    assert "SystemExit: 3" in findings[3].line()
     assert (exit_code(findings), exit_code([Finding("warn", "a", "b"), Finding("skip", "a", "b")])) == (1, 0)
 
 
