@@ -262,8 +262,8 @@ class EvaluationConfig(Section):
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
-    the run with a report (docs/operations.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks may
-    wait for each other."""
+    the run with a report (docs/operations.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks
+    may wait for each other."""
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
     every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""
