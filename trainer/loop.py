@@ -29,6 +29,7 @@ from trainer.config import RunConfig, StageConfig
 from trainer.config_file import dump_config
 from trainer.evaluation import evaluate
 from trainer.guards import Guard
+from trainer.host_memory import give_back
 from trainer.lookahead import Lookahead
 from trainer.metrics import MetricsWriter, train_rows
 from trainer.mismatch import bounded, bounds_of, mismatch_row
@@ -268,6 +269,7 @@ class TrainingLoop:
     def save(self, state: RunState, wait: bool = False) -> None:
         with self.console.phase("checkpoint", None, "files"):
             self.checkpoints.save(self.parts.actor, state, wait)
+            give_back()
 
     def score_of(self, step: int) -> float | None:
         """What the step's evaluation gave; on rank 0."""

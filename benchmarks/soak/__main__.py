@@ -30,6 +30,7 @@ from trainer.environment import provenance
 
 OFTEN = "checkpoint.every=2"
 """Else a life of some seconds would never reach the next checkpoint."""
+RECIPE = "checkpoint.every=10"
 CONTEXT = 120
 """Of all three stages: a longer one takes more memory, which is no growth."""
 KINDS = ("rank 0", "rank 1", "verifier", "torchrun", "command", "all")
@@ -48,7 +49,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--place", type=Path, default=Path("runs/soak"), help="folder of the model and the runs (runs/soak)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    place = demo_place(options.place.resolve(), [OFTEN, f"engine.kind={options.engine}"])
+    often = [OFTEN] if options.what == "kills" else [RECIPE]
+    place = demo_place(options.place.resolve(), [*often, f"engine.kind={options.engine}"])
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=f"{options.what}-", dir=options.place) as folder:
         record, faults = (kills if options.what == "kills" else memory)(options, place, Path(folder).resolve())
