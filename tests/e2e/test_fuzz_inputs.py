@@ -159,7 +159,7 @@ def mutate_tree(tree, chance: random.Random):
     elif kind == 2 and isinstance(parent, dict):
         parent[str(key)[:-1] + chance.choice(["", "s", "_", " ", "\t"])] = parent.pop(key)
     elif kind == 3:
-        parent[key] = [parent[key], *([copy.deepcopy(parent[key])] * chance.randrange(3))]
+        parent[key] = [parent[key], *(copy.deepcopy(parent[key]) for _ in range(chance.randrange(3)))]  # or a move makes a circle
     elif kind == 4:
         parent[key] = {"x": parent[key]}
     elif kind == 5:
@@ -184,7 +184,7 @@ def mutate_tree(tree, chance: random.Random):
             "x",
         ]
         found(tree, home)[chance.choice(names)] = (
-            nested(chance.choice([3, 60, 300]), chance) if chance.random() < 0.2 else junk(chance)
+            nested(chance.choice([3, 60, 100]), chance) if chance.random() < 0.2 else junk(chance)
         )
 
 
