@@ -265,7 +265,8 @@ def place(tmp_path_factory):
         (folder / name / "model.safetensors").write_bytes(b"")
     tiny = yaml.safe_load(CONFIG.format(folder=folder, run=folder / "run"))
     others = [yaml.safe_load((ROOT / "configs" / name).read_text()) for name in ("demo.yaml", "confucius3-14b.yaml")]
-    return folder, [tiny, tiny, *others]
+    whole = [json.loads(json.dumps(each)) for each in (tiny, tiny, *others)]  # what an alias shares would be changed twice
+    return folder, whole
 
 
 def spoilt_config(bases, chance: random.Random) -> bytes:
