@@ -220,10 +220,10 @@ def test_no_prompts_id_or_source_becomes_a_path(tmp_path, name):
     import numpy as np
 
     from rollout.types import Group, Prompt, Sample, Verdict
-    from trainer.checkpoint import _pack_groups, _unpack_groups
+    from trainer.checkpoint_state import pack_groups, unpack_groups
 
     sample = Sample(np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", 1)
     group = Group(Prompt(name, "?", "!", source=name), np.zeros(1, np.int32), (sample,), (Verdict(True, "right"),), 0)
-    records, arrays = _pack_groups([group])
+    records, arrays = pack_groups([group])
     assert sorted(arrays) == ["0.0.logprobs", "0.0.tokens", "0.prompt"], "names of arrays are numbers"
-    assert _unpack_groups(json.loads(json.dumps(records)), arrays)[0].prompt.id == name
+    assert unpack_groups(json.loads(json.dumps(records)), arrays)[0].prompt.id == name

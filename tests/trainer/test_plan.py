@@ -348,8 +348,9 @@ def test_training_checks_its_memory_once(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "check_memory", lambda options: asked.append(options.ranks))
     monkeypatch.setattr(train, "check_run", lambda config: Namespace(sources={}))
-    monkeypatch.setattr(train, "train", lambda config, inputs: None)
+    monkeypatch.setattr(train, "train", lambda config, inputs, watch: None)
     monkeypatch.setattr(train, "conclude", lambda config: None)
+    monkeypatch.setattr("trainer.launch.die_with_torchrun", lambda: None)
     train.main([str(tiny), "--check", "--ranks", "4"])
     assert asked == [4]
     monkeypatch.setenv("RANK", "0")
