@@ -26,10 +26,19 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except (InputError, EngineError, RunStopped) as error:
         # A message may quote a file's content; joined, it is one line whatever it quotes.
         print("keju: error:", " ".join(str(error).split()), file=sys.stderr)
-        code = EXIT_INPUT if isinstance(error, InputError) else EXIT_ENGINE if isinstance(error, EngineError) else EXIT_STOPPED
+        code = code_of(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a command that `error` ends; 1 for a defect."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT
+    if isinstance(error, EngineError):
+        return EXIT_ENGINE
+    return EXIT_STOPPED if isinstance(error, RunStopped) else 1
 
 
 def number(name: str, read: Callable[[str], Any], good: Callable[[Any], bool]) -> Callable[[str], Any]:

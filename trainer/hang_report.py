@@ -27,7 +27,7 @@ _IMPORT_FRAME = re.compile(r'^  File "<frozen importlib.*\n', re.MULTILINE)
 class Health:
     """What a rank says of itself once a second. born: `rollout.process.birth`; waits: the collective or the deadline that it is
     in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; end: "" while it
-    runs."""
+    runs; code: then its exit code."""
 
     rank: int
     host: str
@@ -41,6 +41,7 @@ class Health:
     silent: float = 0.0
     said: float = 0.0
     end: str = ""
+    code: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -7,6 +7,7 @@ and exit code 2 and not the report of a torchrun whose worker died, and then run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from rollout.deadline import EXIT_HUNG
 from rollout.errors import InputError
 from rollout.process import command_line, die_with
+from trainer.hang_report import Health
 from trainer.report_writer import report_paths
 from trainer.watch import STOP_FILE
 
@@ -82,8 +84,9 @@ def torchrun(module: str, options: argparse.Namespace, config: RunConfig | None 
 
     config: of a run that can be asked to stop. The first signal that would end this process then becomes the file RUN/stop,
     which the ranks obey; without it, and from the second on, torchrun and its ranks are ended, and the exit code is 128 + the
-    signal. It is 3 where a rank left the report of a hang. Whatever ends this process ends torchrun, and that its ranks (on
-    Linux): they live in sessions of their own and would train on.
+    signal. Where the run fails it is 3 if a rank left the report of a hang, else the ranks' own (2, 3), else torchrun's, which is
+    1 whatever happened. Whatever ends this process ends torchrun, and that its ranks (on Linux): they live in sessions of their
+    own and would train on.
     """
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
@@ -91,10 +94,11 @@ def torchrun(module: str, options: argparse.Namespace, config: RunConfig | None 
     command += ["-m", module, str(options.config), *options.overrides, "--checked"]
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
     reports: set[Path] = set()
+    healths: dict[Path, int] = {}
     if config is not None:
         # Known to torch from 2.13 on; before, whoever signals torchrun itself gets its 30 s.
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(config.checkpoint.stop_seconds + END_SECONDS)))
-        reports = report_paths(config.run)
+        reports, healths = report_paths(config.run), _written(config.run)
         (config.run / STOP_FILE).unlink(missing_ok=True)
     received: list[int] = []
     here = os.getpid()
@@ -115,7 +119,23 @@ def torchrun(module: str, options: argparse.Namespace, config: RunConfig | None 
         signal.signal(number, handler)
     if received and (config is None or len(received) > 1):
         return 128 + received[-1]
-    return EXIT_HUNG if code and config is not None and report_paths(config.run) - reports else code
+    if not code or config is None:
+        return code
+    return EXIT_HUNG if report_paths(config.run) - reports else _code_of_ranks(config.run, healths) or code
+
+
+def _written(run: Path) -> dict[Path, int]:
+    """When each rank last said something of itself."""
+    return {path: path.stat().st_mtime_ns for path in run.glob("health/rank-*.json")}
+
+
+def _code_of_ranks(run: Path, before: dict[Path, int]) -> int:
+    """The exit code that the first rank to say so, since `before`, ended with: torchrun's own is 1 whatever it was."""
+    for path, written in sorted(_written(run).items()):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if before.get(path) != written and (code := Health.from_json(path.read_text(encoding="utf-8")).code):
+                return code
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from rollout import deadline, process
+from rollout.cli import code_of
 from rollout.deadline import EXIT_HUNG
-from rollout.errors import EngineError, InputError
+from rollout.errors import EngineError, InputError, RunStopped
 from rollout.pulse import Pulse
 from trainer.hang_report import Health
 from trainer.report_writer import ReportWriter, health_path, stack_path
@@ -95,7 +96,7 @@ class Watch:
         self._stop: tuple[float, str] | None = None
         self._signals: list[int] = []
         self._over, self._wake, self._alarmed = threading.Event(), threading.Event(), threading.Lock()
-        self._end = ""
+        self._end, self._code = "", 0
         self._undo: list[Callable[[], object]] = []
 
     # what the run asks
@@ -141,9 +142,10 @@ class Watch:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is not None and isinstance(error, Exception) and not isinstance(error, (InputError, EngineError)):
+        if error is not None and isinstance(error, Exception) and not isinstance(error, (InputError, EngineError, RunStopped)):
             self._await_news()  # a collective that fails because another rank is gone is no defect of this one
         self._end = "ended" if error is None else f"ended: {type(error).__name__}"
+        self._code = 0 if error is None else code_of(error)
         self._over.set()
         self._wake.set()
         for thread in self._threads:
@@ -256,7 +258,7 @@ class Watch:
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
             waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
-            said=time.monotonic(), end=self._end,
+            said=time.monotonic(), end=self._end, code=self._code,
         )  # fmt: skip
 
     @property

@@ -47,8 +47,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=300, help="memory: of the run, a third of them in each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path, default=Path("runs/soak"), help="folder of the model and the runs (runs/soak)")
+    parser.add_argument("--read", type=Path, help="memory: no run, the figures of this earlier --out")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
+    if options.read is not None:
+        series = Series.of(json.loads(options.read.read_text(encoding="utf-8")))
+        Console().print(memory_table(series))
+        return tell(series.faults())
     often = [OFTEN] if options.what == "kills" else [RECIPE]
     place = demo_place(options.place.resolve(), [*often, f"engine.kind={options.engine}"])
     start = time.perf_counter()
@@ -61,6 +66,10 @@ def main(arguments: list[str]) -> int:
             from benchmarks.soak.plot import draw
 
             print(draw(options.out))
+    return tell(faults)
+
+
+def tell(faults: list[str]) -> int:
     for fault in faults:
         print(f"soak: FAILED: {fault}")
     return 1 if faults else 0

@@ -1,8 +1,9 @@
 """What each process of a long run holds, step by step: memory, threads, open files; and whether any of it grows.
 
-Each second every process is looked at; a step's figure is the median over the time until the next step was finished. Growth is
-the median over the last WINDOW steps against that over the WINDOW steps after SETTLED: one step's peaks (an evaluation, a long
-batch) are no growth.
+Each second every process is looked at; a step's figure is the median over the time until the next step was finished. A window's
+figure is its least step: what is used and not given back raises that too, while what a step needs for itself (an evaluation, a
+long batch, a thread that writes a checkpoint) and what glibc keeps of it until the next checkpoint do not. Growth is the figure
+of the last WINDOW steps against that of the WINDOW steps after SETTLED.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ MAX_GROWTH = 0.02
 EARLY, LATE = 20, 200
 """Counts of threads, files, processes and shared memory after so many steps shall be equal."""
 AROUND = 5
-"""Steps on each side whose median is a count after a step."""
+"""Steps on each side: the window of a count after a step."""
 
 
 @dataclass(slots=True)
@@ -42,6 +43,11 @@ class Series:
     left: list[str] = field(default_factory=list)
     """Processes after the run's end."""
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Series:
+        """From what `as_dict` gave."""
+        return cls(**{each.name: record[each.name] for each in fields(cls)})
+
     @property
     def steps(self) -> int:
         return len(self.processes)
@@ -51,7 +57,7 @@ class Series:
         grown = {}
         for name, values in self.mib.items():
             if len(values) == self.steps >= SETTLED + 2 * WINDOW:
-                grown[name] = median(values[-WINDOW:]) / median(values[SETTLED : SETTLED + WINDOW]) - 1
+                grown[name] = min(values[-WINDOW:]) / min(values[SETTLED : SETTLED + WINDOW]) - 1
         return grown
 
     def counts(self) -> dict[str, tuple[float, float]]:
@@ -59,7 +65,7 @@ class Series:
         series = {"processes": self.processes, "shared memory": self.shared}
         series |= {f"threads of {name}": values for name, values in self.threads.items() if len(values) == self.steps}
         series |= {f"files of {name}": values for name, values in self.files.items() if len(values) == self.steps}
-        around = lambda values, step: median(values[step - 1 - AROUND : step + AROUND])  # noqa: E731
+        around = lambda values, step: min(values[step - 1 - AROUND : step + AROUND])  # noqa: E731
         if self.steps < LATE + AROUND:
             return {}
         return {name: (around(values, EARLY), around(values, LATE)) for name, values in series.items()}

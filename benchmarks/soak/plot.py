@@ -32,17 +32,20 @@ def draw(file: Path) -> Path:
         memory.axvline(SETTLED, color=GREY, linewidth=0.8, linestyle=":")
         memory.set_ylim(bottom=0)
         memory.set_ylabel("MiB (proportional set size)")
-        memory.set_title(f"Memory of each process (growth after step {SETTLED})", loc="left")
-        memory.legend(ncols=3, loc="upper right")
+        memory.set_title(
+            f"Memory of each process (growth after step {SETTLED} of what is left when a checkpoint gives freed memory back)",
+            loc="left",
+        )
+        memory.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.56))
         for what, colour in (("threads", BLUE), ("files", VERMILION)):
             total = [sum(record[what][name][step] for name in names) for step in range(whole)]
             counts.plot(steps, total, color=colour, linewidth=1.2, label=what)
         counts.plot(steps, record["processes"], color=GREEN, linewidth=1.2, label="processes")
-        counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="shared memory files")
+        counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="shared memory files of this machine")
         counts.set_ylim(bottom=0)
         counts.set_xlabel("step")
         counts.set_title("Open, all processes together", loc="left")
-        counts.legend(ncols=4, loc="upper right")
+        counts.legend(ncols=4, loc="center right", bbox_to_anchor=(1, 0.72))
         machine = record["machine"]
         figure.supxlabel(
             f"{record['engine']} engine; {machine['cpu']}; {machine['date']}, commit {machine['commit']}", fontsize=8

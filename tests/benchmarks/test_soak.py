@@ -43,6 +43,10 @@ def test_growth_is_that_after_the_first_fifty_steps():
     leaking = [500.0 * (1 + 0.0002 * step) for step in range(210)]
     (fault,) = series(mib={"rank 0": leaking}).faults()
     assert fault == "rank 0 grew by 2.7%"
+    sawtooth = [500.0 + 20 * (step % 10) for step in range(210)]
+    assert series(mib={"rank 0": sawtooth}).faults() == [], "what a checkpoint gives back is no growth"
+    (fault,) = series(mib={"rank 0": [value + 0.1 * step for step, value in enumerate(sawtooth)]}).faults()
+    assert fault.startswith("rank 0 grew by 2."), "a leak under it is"
     peaks = [500.0 if step % 10 else 900.0 for step in range(210)]
     assert series(mib={"rank 0": peaks}).faults() == [], "an evaluation's peak is no growth"
 
@@ -140,6 +144,7 @@ def test_tables_and_pictures(tmp_path):
     assert outcome.as_dict()["tried"] == 3
     assert kills_table(outcome).row_count == 3
     assert memory_table(series()).row_count == 2
+    assert Series.of(json.loads(json.dumps(series().as_dict()))) == series()
     machine = {"cpu": "some", "date": "2026-01-01", "commit": "abc"}
     (tmp_path / "memory.json").write_text(json.dumps(series().as_dict() | {"engine": "transformers", "machine": machine}))
     assert draw(tmp_path / "memory.json").read_bytes().startswith(b"\x89PNG")
