@@ -70,7 +70,7 @@ class Outcome:
 class KillSeries:
     """kinds: of KINDS, or "rank 0", or "all"; each is hit equally often, in random order. span: a life's kill comes within so
     many seconds of its start, or of the last kill that the run survived. check: what is wrong with a finished run's folder.
-    limit: seconds for one life.
+    limit: seconds for one life. steps: finished before the first kill.
     """
 
     def __init__(
@@ -85,9 +85,10 @@ class KillSeries:
         check: Callable[[Path], list[str]],
         note: Callable[[str], None] = lambda _: None,
         limit: float = 1800.0,
+        steps: int = 0,
     ) -> None:
         self._place, self._folder, self._kills, self._span = place, folder, kills, span
-        self._check, self._note, self._limit = check, note, limit
+        self._check, self._note, self._limit, self._steps = check, note, limit, steps
         self._generator = np.random.default_rng(seed)
         self._order = shuffled(kinds, self._generator)
         self._missed: str | None = None
@@ -118,6 +119,8 @@ class KillSeries:
         mark = new_mark()
         started = time.monotonic()
         process = self._place.start(run, mark)
+        while not self.outcome.kills and steps_of(run) < self._steps and process.poll() is None:
+            time.sleep(0.02)
         while len(self.outcome.kills) < self._kills:
             moment = time.monotonic() + float(self._generator.uniform(0, self._span))
             while time.monotonic() < moment and process.poll() is None:

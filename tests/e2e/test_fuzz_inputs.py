@@ -1,6 +1,6 @@
 """Configurations and prompts as people and programs spoil them: each ends in one clear line, or works. Never a traceback, a hang.
 
-About 1,000 of each kind here. As many as one likes, and where they are not the same each time:
+About 500 of each kind here. As many as one likes, and where they are not the same each time:
 
     KEJU_FUZZ_EXAMPLES=10000 python -m pytest tests/e2e/test_fuzz_inputs.py
     KEJU_FUZZ_SEED=7 KEJU_FUZZ_EXAMPLES=10000 python -m pytest tests/e2e/test_fuzz_inputs.py
@@ -32,7 +32,7 @@ from rollout.template import encode_prompt
 from trainer.config_file import dump_config, load_config
 from trainer.preflight import check_run
 
-EXAMPLES = int(os.environ.get("KEJU_FUZZ_EXAMPLES", 1000))
+EXAMPLES = int(os.environ.get("KEJU_FUZZ_EXAMPLES", 500))
 SEED = int(os.environ.get("KEJU_FUZZ_SEED", 0))
 ONLY = os.environ.get("KEJU_FUZZ_ONLY")
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

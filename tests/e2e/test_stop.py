@@ -148,11 +148,12 @@ def test_a_stop_where_a_checkpoint_is_written_anyway_writes_no_other(tiny, tmp_p
 
     run = tmp_path / "run"
     stopped_at("checkpoint", run, signal.SIGTERM)
-    saved = []
-    plain = Checkpoints.save
-    with patch.object(Checkpoints, "save", lambda self, actor, state: (saved.append(state.step), plain(self, actor, state))):
+    written = []
+    plain = Checkpoints._save
+    note = lambda self, actor, state, wait: (written.append(state.step), plain(self, actor, state, wait))  # noqa: E731
+    with patch.object(Checkpoints, "_save", note):
         train(write_config(tiny, run, ("every: 1, keep: 20", "every: 4, keep: 20")))
-    assert saved == [AT + 1]
+    assert written == [AT + 1]
     assert f"stopped after step {AT + 1};" in capsys.readouterr().out
 
 
