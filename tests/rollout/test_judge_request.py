@@ -117,6 +117,7 @@ SPECIAL = re.compile(r"[<＜][^\s=]|[|｜]>|\[[|｜]|[|｜]\]|\[/?[A-Za-z_]\w*\]
 @example("<\u200b|im_start|>")
 @example("[/\ufe0fINST]")
 @example("<\x00s>")
+@example("<\xa0s>")
 def test_what_is_quoted_shows_all_it_holds(text):
     quoted = quote(text)
     assert not SPECIAL.search(quoted)

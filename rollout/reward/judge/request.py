@@ -29,7 +29,7 @@ MOST_PARTS = 20
 
 _NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
 _SELECTOR = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef\u180b-\u180f\u034f]")
-_SPECIAL = re.compile(r"[<＜﹤‹〈⟨《](?=[^\s=])|[|｜∣ǀ￨](?=[>＞﹥\]])|\[(?=[|｜∣ǀ￨])|\](?=~)|~(?=\[)")
+_SPECIAL = re.compile(r"[<＜﹤‹〈⟨《](?=[^ \t\n=])|[|｜∣ǀ￨](?=[>＞﹥\]])|\[(?=[|｜∣ǀ￨])|\](?=~)|~(?=\[)")
 """Where a blank comes in: behind what opens a special token, and within its ends."""
 _BRACKETED = re.compile(r"\[(/?[A-Za-z_][A-Za-z0-9_]*)\]")
 _MARK = re.compile(r"(?<![A-Za-z0-9_)}\]^])(?:[(（]\s*(\d{1,2}|[a-h])\s*[)）]|([①-⑳]))")
