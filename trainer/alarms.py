@@ -143,68 +143,55 @@ class Watch:
 def watches(settings: AlarmsConfig) -> dict[str, Watch]:
     """Those that are on, by name, in the order of `trainer.config_guards.ALARMS`."""
     steps = settings.steps
-    found: dict[str, Watch | None] = {
-        "entropy": None
-        if settings.entropy_band is None and settings.entropy_drift is None
-        else Watch(
-            lambda: Entropy(settings),
-            "objective.entropy_target and entropy_coefficient, actor.lr, and the outputs: too low, all are alike; too high, "
-            "they fall apart and mix languages",
-            steps,
+
+    def on(bound: Any, make: Callable[[], Any], look_at: str, begins_after: int = 1, **more: Any) -> Watch | None:
+        return None if bound is None else Watch(make, look_at, steps, begins_after, **more)
+
+    def rising(bound: float | None, key: str, what: str, look_at: str, **more: Any) -> Watch | None:
+        return on(bound, lambda: Rising(steps, bound, key, what), look_at, **more)
+
+    found = {
+        "entropy": on(
+            settings.entropy_band or settings.entropy_drift, lambda: Entropy(settings),
+            "objective.entropy_target and entropy_coefficient, actor.lr, and the outputs: too low, all are alike; too high, they "
+            "fall apart and mix languages",
             settings.entropy_steps,
         ),
-        "language": _rising(
-            settings.language, steps, "language/mixed", "outputs that mix languages",
+        "language": rising(
+            settings.language, "language/mixed", "outputs that mix languages",
             "entropy (a target too high, or a coefficient too weak) and at outputs", of_a_stage=False,
         ),
-        "repetition": _rising(
-            settings.repetition, steps, "verdict/repetition", "outputs refused for repetition",
+        "repetition": rising(
+            settings.repetition, "verdict/repetition", "outputs refused for repetition",
             "outputs, in the thinking first, and at entropy/mean",
         ),
-        "truncation": _rising(
-            settings.truncation, steps, "verdict/truncated", "outputs cut off at the limit",
+        "truncation": rising(
+            settings.truncation, "verdict/truncated", "outputs cut off at the limit",
             "length/mean against the context: the next stage may be due; or outputs whose thinking never ends",
         ),
-        "length": None
-        if settings.length is None
-        else Watch(
-            lambda: Falling(steps, settings.length),
+        "length": on(
+            settings.length, lambda: Falling(steps, settings.length),
             "outputs (is thinking still there?), verdict/format and reward/accuracy",
-            steps,
         ),
-        "recovery_empty": None
-        if settings.recovery_empty is None
-        else Watch(
-            lambda: recovery_empty,
+        "recovery_empty": on(
+            settings.recovery_empty, lambda: recovery_empty,
             "batch.prompts_per_round (a round that leaves no surplus) and ledger/uniform (prompts too easy or too hard)",
-            steps,
             settings.recovery_empty,
         ),
-        "recovery_unused": None
-        if settings.recovery_unused is None
-        else Watch(
-            RecoveryUnused,
+        "recovery_unused": on(
+            settings.recovery_unused, RecoveryUnused,
             "ledger/expired, batch.group_size and data.max_prompt_tokens: the stage cannot use what it keeps",
-            steps,
             settings.recovery_unused,
         ),
-        "over_generation": None
-        if settings.over_generation is None
-        else Watch(
-            lambda: OverGeneration(steps, settings.over_generation),
+        "over_generation": on(
+            settings.over_generation, lambda: OverGeneration(steps, settings.over_generation),
             "reward/accuracy and ledger/uniform: the prompts are too easy or too hard for this policy",
-            steps,
         ),
-        "mismatch": None
-        if settings.mismatch is None
-        else Watch(
-            lambda: mismatch,
+        "mismatch": on(
+            settings.mismatch, lambda: mismatch,
             "the weight push (engine.wire, its probe), at the engine's dtype and kernels, and at mismatch/* over the last steps; "
             "objective.tis_cap bounds what it does to the loss",
-            steps,
-            settings.mismatch,
-            of_a_stage=False,
-            calm=lambda reading: f"sampler and trainer agree again: {reading.text}",
+            settings.mismatch, of_a_stage=False, calm=lambda reading: f"sampler and trainer agree again: {reading.text}",
         ),
     }  # fmt: skip
     return {name: watch for name, watch in found.items() if watch is not None}
@@ -314,9 +301,3 @@ def mismatch(row: Row, _stage: StageConfig) -> Reading | None:
         return None
     outside = bool(number(row, "mismatch/alarm"))
     return Reading(outside, alarm_text(row) if outside else calm_text(row))
-
-
-def _rising(bound: float | None, steps: int, key: str, what: str, look_at: str, *, of_a_stage: bool = True) -> Watch | None:
-    if bound is None:
-        return None
-    return Watch(lambda: Rising(steps, bound, key, what), look_at, steps, of_a_stage=of_a_stage)

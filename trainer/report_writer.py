@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from rollout import process
 from trainer.hang_report import Health, Seen, inspect, report, sentence, with_stack
+from trainer.metrics import replace_text
 
 STACK_SECONDS = 4.0
 """For a rank to write its stack."""
@@ -54,9 +55,7 @@ class ReportWriter:
         ranks = self._with_stacks([inspect(health, self._own.host, now) for health in self._healths])
         when = datetime.datetime.now(datetime.UTC)
         path = self._run / "health" / f"report-{when:%Y%m%dT%H%M%SZ}.txt"
-        beside = path.with_suffix(".tmp")
-        beside.write_text(report(ranks, self._size, why, f"{when:%Y-%m-%d %H:%M:%S} UTC"), encoding="utf-8")
-        beside.replace(path)
+        replace_text(path, report(ranks, self._size, why, f"{when:%Y-%m-%d %H:%M:%S} UTC"))
         return path, sentence(ranks)
 
     def kill_the_rest(self) -> None:

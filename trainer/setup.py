@@ -16,7 +16,7 @@ from rollout.reward.correctness import Correctness
 from rollout.reward.judge.verifier import JudgeVerifier
 from rollout.reward.pipeline import Reward
 from rollout.reward.repetition import RepetitionLimits
-from rollout.reward.rule import ANSWER_SECONDS, RuleVerifier
+from rollout.reward.rule import RuleVerifier, batch_time
 from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
@@ -119,7 +119,7 @@ def judge_seconds(config: RunConfig, outputs: int) -> float:
     """For all verdicts on so many outputs at once: the verifiers' own deadlines, one after the other, and
     parallel.timeout_seconds for what has none (their start, the filter)."""
     reward = config.reward
-    rule = reward.batch_seconds or reward.timeout_seconds + ANSWER_SECONDS * outputs / reward.workers
+    rule = reward.batch_seconds or batch_time(outputs, reward.workers, reward.timeout_seconds)
     return rule + (reward.judge.deadline_seconds if reward.judge else 0.0) + config.parallel.timeout_seconds
 
 

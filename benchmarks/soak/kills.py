@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.soak.place import Place, rows_of, steps_of
 from benchmarks.soak.processes import new_mark, processes_of, wait_until_gone
-from trainer.checkpoint_folder import complete_checkpoint
+from trainer.checkpoint_folder import complete_checkpoint, folders_of, step_of
 from trainer.metrics import LEDGER_FATES
 
 GONE_SECONDS = 45.0
@@ -196,8 +196,7 @@ def kill_all(mark: str) -> None:
 
 def step_of_newest(run: Path) -> int:
     """Steps that the newest checkpoint's folder has behind it; 0 without one."""
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*") if path.suffix != ".tmp"]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((step_of(folder) for folder in folders_of(run / "checkpoints")), default=0)
 
 
 def last_train(run: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ A run is started with a mark in its environment, which whatever it starts inheri
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 MARK = "KEJU_SOAK_RUN"
 """Environment variable whose value is one run's own."""
@@ -37,20 +39,14 @@ class Process:
 def processes_of(mark: str) -> list[Process]:
     """The living ones, by pid; zombies are dead."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = variables(folder)
-            if environment.get(MARK) != mark or state(folder) in "ZX":
-                continue
-            arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue  # it ended in between
-        found.append((int(folder.name), parent, arguments, environment))
-    ranks = {pid for pid, _, arguments, _ in found if kind_of(arguments) == "rank"}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended in between, or is another user's
+            environment = process.environ()
+            if environment.get(MARK) == mark and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                found.append((process.pid, process.ppid(), kind_of(process.cmdline()), environment))
+    ranks = {pid for pid, _, kind, _ in found if kind == "rank"}
     named = []
-    for pid, parent, arguments, environment in found:
-        kind = kind_of(arguments)
+    for pid, parent, kind, environment in found:
         if kind == "spawned":
             kind = "verifier" if parent in ranks else "helper"
         rank = int(environment["RANK"]) if kind in ("rank", "verifier") and "RANK" in environment else None
@@ -68,17 +64,6 @@ def kind_of(arguments: list[str]) -> str:
     if "trainer.train" in arguments:
         return "rank" if "--checked" in arguments else "command"
     return "spawned" if "multiprocessing.spawn" in words and "--multiprocessing-fork" in words else "helper"
-
-
-def variables(folder: Path) -> dict[str, str]:
-    """Of a process's folder in /proc: its environment as it was started."""
-    pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
-def state(folder: Path) -> str:
-    """One letter, as in proc(5)."""
-    return (folder / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def wait_until_gone(mark: str, seconds: float) -> list[Process]:
@@ -102,13 +87,10 @@ class Footprint:
 
 def footprint(pid: int) -> Footprint | None:
     """None where it ended in between."""
-    folder = Path(f"/proc/{pid}")
-    try:
-        rollup = (folder / "smaps_rollup").read_text()
-        pss = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        return Footprint(1024 * pss, len(os.listdir(folder / "task")), len(os.listdir(folder / "fd")))
-    except (OSError, StopIteration):
-        return None
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return Footprint(process.memory_full_info().pss, process.num_threads(), process.num_fds())
+    return None
 
 
 def shared_memory() -> int:

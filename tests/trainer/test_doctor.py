@@ -189,7 +189,7 @@ def test_a_run_folder_in_use_or_not_writable(config, monkeypatch):
 
     run = load_config(config).run
     with RunLock(run):
-        (finding,) = launch.run_folder(run)
+        ((finding,),) = run_checks([Check("run folder", lambda: launch.run_folder(run))])
         assert (finding.status, "in use by a living run" in finding.found) == ("FAIL", True)
     assert statuses(launch.run_folder(run)) == ["ok"]
     (run / "checkpoints" / "step-000004").mkdir(parents=True)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from optimizer_ranks import EIGHT_BIT, RANKS, STAGE, coded_actor, coded_lm, updated, whole_moments
 from safetensors.torch import load_file
-from tiny_policy import batches, build_actor, one_rank, stage, whole_gradients, whole_weights
+from tiny_policy import batches, build_actor, stage, whole_gradients, whole_weights
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,19 +46,7 @@ SMALL = stage(ObjectiveConfig(), mini=1, micro=2, weight_decay=0.1)
 OFFLOADED = OptimizerConfig(offload=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the ranks of `several` have: where a vectorised function's tail falls, which has other roundings, depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with one_rank() as mesh:
-        yield mesh
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,8 @@ def test_an_alarm_of_one_rank_ends_both_with_one_report(tmp_path):
     ranks = two("time.sleep(60)", tmp_path, seconds=2.0)
     ended = [ends(each) for each in ranks]
     assert [code for code, _ in ended] == [3, 3]
-    assert sum(errors.count("keju: error: ") for _, errors in ended) == 1
+    lines = [line for _, errors in ended for line in errors.splitlines() if "keju: error: " in line]
+    assert len(lines) == 1, lines
     text = report_of(tmp_path)
     for rank in range(2):
         assert "File" in text.partition(f"Stack of rank {rank}")[2].partition("Stack of rank")[0]

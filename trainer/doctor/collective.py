@@ -1,6 +1,6 @@
 """How fast local ranks reduce: processes of their own, NCCL between GPUs, gloo between processes of a CPU.
 
-python -m trainer.doctor.collective SIZE BYTES      (each rank; RANK and the rest in its environment, as torchrun sets it)
+python -m trainer.doctor.collective BACKEND         (each rank; RANK and the rest in its environment, as torchrun sets it)
 
 bus bandwidth = 2 (n - 1) / n · bytes / seconds     of one all-reduce of `bytes` over n ranks: what a ring sends over each link
 """

