@@ -43,6 +43,8 @@ QUIET_POST_SECONDS = 3.0
 """Between two posts of a rank that does not get on; well below `trainer.hang_report.QUIET_SECONDS`."""
 BOARD_SECONDS = 5.0
 """For a word with the board, before the alarm goes on without it."""
+CLAIM_SECONDS = 15.0
+"""For the board to say who writes the report: on a loaded machine more patience is one report instead of two."""
 ALARM_SECONDS = 60.0
 """From the alarm to the end, whatever the board and the file system do."""
 FOLLOW_SECONDS = 30.0
@@ -281,7 +283,7 @@ class Watch:
 
     def _raise_alarm(self, why: str, exact: bool) -> None:
         writer = ReportWriter(self._run, self.health(), self._size, self._stacks, self._board)
-        if self._board is None or bounded(lambda: self._board.claim("alarm-claim"), True):
+        if self._board is None or bounded(lambda: self._board.claim("alarm-claim"), True, CLAIM_SECONDS):
             self._write(writer, why, exact)
         else:
             self._follow(writer, why)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 from tiny_served import write_pair
@@ -244,10 +245,10 @@ def test_a_server_ends_with_its_block(pair, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_server_that_does_not_come_up_is_one_line_and_gone(pair, tmp_path, monkeypatch, case):
     code, seconds, said = OTHERS[case]
-    before = group(os.getpgid(0))
+    before = own_children()
     with pytest.raises(EngineError, match=said), start(pair, tmp_path, monkeypatch, code, seconds):
         pass
-    assert set(group(os.getpgid(0))) <= set(before)
+    assert own_children() <= before
 
 
 # the real server
@@ -300,6 +301,11 @@ def test_stopped_it_leaves_no_server_behind(pair, how):
     while group(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def own_children() -> set[int]:
+    """This process's, and no other tester's."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
 
 
 def group(leader: int) -> list[int]:
