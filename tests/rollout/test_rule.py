@@ -338,17 +338,21 @@ def test_an_answer_that_changes_the_scorer_changes_no_other_verdict(monkeypatch)
         checker.close()
 
 
+SLEEP = ["sleep", "60.0625"]
+"""No other test's."""
+
+
 def leave_a_process(how: str) -> str:
     try:
         if how == "fork":
             pid = os.fork()
             if not pid:
                 os.setsid()
-                time.sleep(60)
+                os.execv("/bin/sleep", SLEEP)
         elif how == "spawn":
-            pid = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+            pid = os.posix_spawn("/bin/sleep", SLEEP, {})
         else:
-            pid = os.system("sleep 60 &")
+            pid = os.system(" ".join([*SLEEP, "&"]))
     except OSError as error:
         return error.strerror
     return str(pid)
@@ -358,10 +362,9 @@ def leave_a_process(how: str) -> str:
 @pytest.mark.parametrize("how", ["fork", "spawn", "system"])
 def test_a_scorer_leaves_no_process_behind(how):
     """Its own session saves no grandchild from being killed if there can be none."""
-    before = {process.pid for process in psutil.process_iter()}
     checker = Checker(leave_a_process)
     said = checker.call(5.0, 10.0, how, alone=True)
-    left = [process for process in psutil.process_iter() if process.pid not in before and "sleep" in process.name()]
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == SLEEP]
     assert not left, left
     assert said in ("Operation not permitted", "-1", str(127 << 8)), said  # of `system`: no shell, as not found
 

@@ -1,6 +1,7 @@
 """Answers that hang by the thousand or take memory without end: bounded, said, and nothing of them is left."""
 
 import os
+import re
 import resource
 import sys
 import threading
@@ -20,10 +21,24 @@ WORKERS = 2
 
 
 def held():
-    """(processes below this one without multiprocessing's tracker, open files, threads, files in /dev/shm)."""
-    below = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
-    shared = len(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else 0
-    return len(below), len(os.listdir("/proc/self/fd")), threading.active_count(), shared
+    """(processes below this one without multiprocessing's tracker, open files, threads, files in /dev/shm that are not held by
+    processes of others, as another tester's)."""
+    below = psutil.Process().children(recursive=True)
+    workers = [child for child in below if "resource_tracker" not in " ".join(child.cmdline())]
+    shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    if shared:
+        ours = {os.getpid(), *(child.pid for child in below)}
+        shared -= set().union(*(shared_by(pid) for pid in psutil.pids() if pid not in ours))
+    return len(workers), len(os.listdir("/proc/self/fd")), threading.active_count(), len(shared)
+
+
+def shared_by(pid):
+    """Names in /dev/shm that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    return set(re.findall(r" /dev/shm/(.+)$", maps, re.MULTILINE))
 
 
 def settled(wanted, seconds=10.0):
