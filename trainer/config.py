@@ -1,9 +1,9 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
 The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
-stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`, `samples`
-and `guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_samples.py, config_guards.py. Nothing heavy is
-imported here.
+stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`,
+`samples`, and `guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_samples.py, config_guards.py.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
