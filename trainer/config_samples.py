@@ -13,4 +13,4 @@ class SamplesConfig(Section):
     every: Positive = 1
     """Of steps whose number is a multiple of it."""
     tokens: bool = True
-    """Of each token its place in the text, its log-probability and its entropy too; some 12 bytes a token."""
+    """Of each token its place in the text, its log-probability and its entropy too: 7 bytes a token instead of 1 to 2."""

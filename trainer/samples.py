@@ -30,8 +30,8 @@ from trainer.checkpoint_folder import flush
 FOLDER, ASIDE = "samples", "samples.old"
 NAME = re.compile(r"step-(\d{6,})\.jsonl\.gz")
 UNFINISHED = ".tmp"
-COMPRESSION = 6
-"""gzip's level."""
+COMPRESSION = 4
+"""gzip's level: 6 makes files 5 % smaller in more than twice the time."""
 FATES = ("trained", "uniform", "recovered", "waiting", "expired", "failed")
 """What became of a group in its step: as in the ledger (`rollout.recovery.Ledger`); waiting: it went into the recovery buffer."""
 TOKEN_FIELDS = ("ends", "logprob", "entropy")
