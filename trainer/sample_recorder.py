@@ -113,12 +113,13 @@ def kept_group(
     entropies: Mapping[bytes, np.ndarray] | None,
 ) -> KeptGroup:
     """index: of the stage. entropies: of scored sequences by `key_of`; None: no token detail."""
-    trained = advantages(group.rewards, stage.objective) if fate in SCORED else [None] * len(group.samples)
+    scored = fate in SCORED
+    trained = advantages(group.rewards, stage.objective) if scored else [None] * len(group.samples)
     samples = []
     for sample, verdict, advantage in zip(group.samples, group.verdicts, trained, strict=True):
         reading = reader.read(sample.token_ids)
         ends = reading.character_ends() if entropies is not None else None
-        entropy = entropies.get(key_of(group.prompt_token_ids, sample.token_ids)) if ends is not None else None
+        detailed = ends is not None
         samples.append(
             KeptSample(
                 text=reading.text,
@@ -131,8 +132,8 @@ def kept_group(
                 tokens=len(sample.token_ids),
                 advantage=advantage,
                 ends=ends,
-                logprob=rounded(sample.logprobs) if ends is not None else None,
-                entropy=rounded(entropy) if entropy is not None else None,
+                logprob=rounded(sample.logprobs) if detailed else None,
+                entropy=rounded(entropies[key_of(group.prompt_token_ids, sample.token_ids)]) if detailed and scored else None,
             )
         )
     prompt = Prompt(group.prompt.id, group.prompt.question, group.prompt.answer, group.prompt.source)

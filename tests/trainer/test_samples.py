@@ -26,6 +26,7 @@ from trainer.config import ObjectiveConfig
 from trainer.config_samples import SamplesConfig
 from trainer.sample_recorder import SampleRecorder, chosen, fates, kept_group, rounded
 from trainer.samples import KeptGroup, KeptSample, drop_after, files_of, line_of, read_samples, write_step
+from trainer.token_values import key_of
 
 READER = ByteReader({character: byte for byte, character in byte_characters().items()})
 """A token a byte."""
@@ -89,14 +90,16 @@ def test_fates_are_those_of_the_ledger(dynamic, recover, capacity):
 def test_a_group_as_it_is_kept():
     objective = ObjectiveConfig(advantage="centered")
     one = group("+-", text="a你")
-    found = kept_group(one, "recovered", 6, 1, stage(objective), READER, {})
+    key = key_of(one.prompt_token_ids, one.samples[0].token_ids)
+    entropies = {key: np.array([0.1, 0.25, 0.0, 1.0], dtype=np.float32)}
+    found = kept_group(one, "recovered", 6, 1, stage(objective), READER, entropies)
     assert found.prompt == Prompt("q", "1+1?", "2", "sums"), "without what only a scorer reads"
     assert (found.step, found.stage, found.stage_name, found.drawn_step) == (6, 1, "tiny", 5)
     right, wrong = found.samples
     assert right.text == "a你"
     assert right.ends == [1, 2, 2, 2]
     assert right.logprob == [0.0, -0.412, -0.823, -1.235]
-    assert right.entropy is None
+    assert right.entropy == [0.1, 0.25, 0.0, 1.0]
     assert (right.right, right.mixed, right.advantage, right.tokens, right.version, right.finish) == (
         True,
         True,
@@ -106,6 +109,7 @@ def test_a_group_as_it_is_kept():
         "stop",
     )
     assert (wrong.right, wrong.reason, wrong.detail, wrong.advantage) == (False, "wrong", "why", -1.0)
+    assert kept_group(one, "uniform", 5, 1, stage(objective), READER, entropies).samples[0].entropy is None, "it was not scored"
     plain = kept_group(group("+?"), "failed", 5, 1, stage(objective), READER, None)
     assert [sample.advantage for sample in plain.samples] == [None, None]
     assert (plain.samples[0].ends, plain.samples[0].logprob, plain.samples[0].entropy) == (None, None, None)
