@@ -88,6 +88,8 @@ def read_file(path: Path, note: Callable[[str], None] = lambda _: None) -> Itera
             for line in lines:
                 yield group_of(json.loads(line))
                 read += 1
+        if not read:  # to gzip a file without a byte is whole
+            raise EOFError("it is empty")
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
         why = f"{error.__class__.__name__}: {' '.join(str(error).split())}"
         note(f"{path}: cannot be read after {read} groups, which are used ({why})")

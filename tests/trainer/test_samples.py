@@ -234,8 +234,8 @@ def test_torn_and_foreign_files_are_told_and_the_others_read(tmp_path):
     paths[2].write_bytes(gzip.compress(line_of(kept(3)) + b'{"step": 3}\n' + line_of(kept(3))))
     paths[3].write_bytes(gzip.compress(line_of(kept(4)) + b"[1]\n"))
     paths[4].write_bytes(b"")
-    spoilt = bytearray(whole)
-    spoilt[len(whole) // 2] ^= 255
+    spoilt = bytearray(paths[5].read_bytes())
+    spoilt[len(spoilt) // 2] ^= 255
     paths[5].write_bytes(spoilt)
     (tmp_path / "samples/step-000009.jsonl.gz").mkdir()
     notes = []
@@ -243,7 +243,7 @@ def test_torn_and_foreign_files_are_told_and_the_others_read(tmp_path):
     assert 0 < counts[1] < 400
     assert (counts[2], counts[3], counts[4], counts[5], counts[7], counts[9]) == (0, 1, 1, 0, 400, 0)
     told = [note.split(": ")[0] for note in notes]
-    assert told == [str(path) for path in (*paths[:4], paths[5], tmp_path / "samples/step-000009.jsonl.gz")]
+    assert told == [str(path) for path in (*paths[:6], tmp_path / "samples/step-000009.jsonl.gz")]
     assert f"cannot be read after {counts[1]} groups, which are used (EOFError: " in notes[0]
     assert "cannot be read after 1 groups, which are used (KeyError: " in notes[2]
     assert all("\n" not in note for note in notes)
