@@ -1,8 +1,9 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
 The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
-stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`, and
-`guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_guards.py. Nothing heavy is imported here.
+stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`,
+`samples`, and `guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_samples.py, config_guards.py.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rollout.reward.judge.settings import address_fault
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
+from trainer.config_samples import SamplesConfig
 from trainer.config_secrets import NoSecrets, VariableName
 from trainer.config_section import Fraction, Positive, Section
 
@@ -329,6 +331,7 @@ class RunConfig(Section):
     mismatch: MismatchConfig = MismatchConfig()
     guards: GuardsConfig = GuardsConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    samples: SamplesConfig = SamplesConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup: WarmupConfig | None = None
