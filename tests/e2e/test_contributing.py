@@ -144,6 +144,13 @@ def test_the_commands_of(heading, tree, compiled):
         assert "skipped" not in said or "token_kl" in command, said
 
 
+def test_each_example_shows_the_name_of_its_file():
+    """A page shows no fence's first line."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for match in (match for match in FENCE.finditer(text) if match[3]):
+        assert match[3] in text[: match.start()].rstrip().rpartition("\n")[2], match[3]
+
+
 def test_an_edit_that_fits_no_more_is_named():
     assert edited("a\nb\n", " a\n+c\n", "x.py") == "a\nc\nb\n"
     assert edited("a\nb\nb\n", "-a\n+c\n b\n", "x.py") == "c\nb\nb\n"
