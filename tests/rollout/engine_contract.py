@@ -85,12 +85,14 @@ class EngineContract:
         return engine
 
     @pytest.fixture(scope="class")
-    def reference(self):
+    @classmethod
+    def reference(cls):
         return model()
 
     @pytest.fixture(scope="class")
-    def engine(self, reference):
-        return self.loaded(reference)
+    @classmethod
+    def engine(cls, reference):
+        return cls().loaded(reference)
 
     @pytest.mark.parametrize("tied", [True, False])
     @pytest.mark.parametrize("temperature", [1.0, 0.7])
