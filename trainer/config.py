@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rollout.reward.judge.settings import address_fault
+from rollout.reward.rules import RULES
+from trainer.advantage import ADVANTAGES
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
@@ -114,8 +116,8 @@ class ObjectiveConfig(Section):
     """response_mean: mean over responses of each one's mean over tokens (GRPO). token_sum: sum over tokens / constant (DAPO)."""
     divisor: float | None = Field(default=None, gt=0)
     """token_sum's constant for a mini-batch; None: its number of responses × response limit, so never the batch's own lengths."""
-    advantage: Literal["grpo", "centered", "pshw"] = "grpo"
-    """grpo: (R - μ) / (std + 1e-6). centered: R - μ. pshw: (R - μ)(α μ + 1.256)."""
+    advantage: Literal[tuple(ADVANTAGES)] = "grpo"
+    """`trainer.advantage` has the formulas."""
     std_correction: Literal[0, 1] = 1
     """grpo: divisor of the variance is G minus this. The paper is silent; 1 is what other trainers compute."""
     pshw_alpha: float = -0.256
@@ -234,7 +236,7 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    rule: Literal["math-verify", "reasoning-gym"] = "math-verify"
+    rule: Literal[tuple(RULES)] = "math-verify"
     timeout_seconds: float = Field(default=10.0, gt=0)
     """For one answer."""
     batch_seconds: float | None = Field(default=None, gt=0)
@@ -375,7 +377,7 @@ class RunConfig(Section):
                     + (f" on parallel.sequence_ranks {ranks}, so {tokens}," if ranks > 1 else "")
                     + f" is smaller than context {stage.context}: one sequence must fit; raise it"
                 )
-        if self.engine.kind == "transformers" and any(stage.batch.abort_surplus for stage in self.stages):
+        if self.engine.embedded and any(stage.batch.abort_surplus for stage in self.stages):
             raise ValueError("batch.abort_surplus needs an engine that streams: set engine.kind to vllm or vllm-server")
         for kind, names in (
             ("stages", [s.name for s in self.stages]),
