@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 WIDTH, HEIGHT = 1440, 900
+TIMEOUT = 10.0
+"""Seconds in which whatever is waited for must come."""
 SETTLE = 300.0
 """Milliseconds that a key's work is given before a picture."""
 
 
 @dataclass(slots=True)
 class Opened:
-    """A page in a browser. errors: what its console said; requests: the addresses it asked for besides its own file; seconds: from
-    navigation until the list had answered a key."""
+    """A page in a browser. errors: what its console said; requests: the addresses it asked for besides its own file; seconds:
+    from navigation until the list had answered a key."""
 
     page: Page
     seconds: float = 0.0
@@ -75,6 +77,7 @@ def opened(browser: Browser, path: Path, *, scheme: str = "light") -> Iterator[O
         color_scheme=scheme, viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce", device_scale_factor=1.5
     )
     page = context.new_page()
+    page.set_default_timeout(1000 * TIMEOUT)
     found = Opened(page)
     own = path.resolve().as_uri()
     page.on("console", lambda message: found.errors.append(message.text) if message.type in ("error", "warning") else None)
@@ -83,7 +86,7 @@ def opened(browser: Browser, path: Path, *, scheme: str = "light") -> Iterator[O
     try:
         started = time.monotonic()
         page.goto(own, wait_until="commit")
-        page.wait_for_function("performance.getEntriesByName('interactive').length > 0")
+        wait_until(page, "performance.getEntriesByName('interactive').length > 0")
         if page.evaluate("COUNT > 1"):
             page.keyboard.press("j")
             page.wait_for_selector("#option-1[aria-selected=true]")
@@ -91,6 +94,16 @@ def opened(browser: Browser, path: Path, *, scheme: str = "light") -> Iterator[O
         yield found
     finally:
         context.close()
+
+
+def wait_until(page: Page, expression: str, argument: object = None) -> None:
+    """Until the expression is true in the page. Asked again from here: the page's policy forbids what playwright's own wait does.
+    Raises TimeoutError."""
+    until = time.monotonic() + TIMEOUT
+    while not page.evaluate(expression, argument):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{expression} did not come true in {TIMEOUT:.0f} s")
+        time.sleep(0.02)
 
 
 def take_pictures(path: Path, out: Path) -> tuple[list[Path], float]:

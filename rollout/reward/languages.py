@@ -98,20 +98,22 @@ def measure_languages(text: str, question: str = "") -> Languages:
 def foreign_spans(text: str, question: str = "") -> list[tuple[int, int]]:
     """[start, stop) in characters of each word that `measure_languages` counts as foreign, in order. Pure; for a reader's eye:
     each character is normalised by itself, so that the places are those of the text as it stands."""
-    letters = Counter[str]()
-    for script, word in _words(text):
-        letters[script] += len(word)
-    if not letters:
+    letters, words = Counter[str](), []
+    for start, stop in _prose_spans(text):
+        prose = text[start:stop]
+        origin = range(start, stop + 1)
+        if not prose.isascii() and not unicodedata.is_normalized("NFKC", prose):
+            normal = [unicodedata.normalize("NFKC", character) for character in prose]
+            origin = [start + place for place, characters in enumerate(normal) for _ in characters]
+            prose = "".join(normal)
+        for match in _WORDS.finditer(prose):
+            if _counts(match):
+                letters[match.lastgroup] += len(match.group())
+                words.append((match.lastgroup, match.group(), origin[match.start()], origin[match.end() - 1] + 1))
+    if not words:
         return []
     is_foreign = _foreign_to(question, letters)
-    spans = []
-    for start, stop in _prose_spans(text):
-        normal = [unicodedata.normalize("NFKC", character) for character in text[start:stop]]
-        origin = [start + place for place, characters in enumerate(normal) for _ in characters]
-        for match in _WORDS.finditer("".join(normal)):
-            if _counts(match) and is_foreign(match.lastgroup, match.group()):
-                spans.append((origin[match.start()], origin[match.end() - 1] + 1))
-    return spans
+    return [(start, stop) for script, word, start, stop in words if is_foreign(script, word)]
 
 
 def mixes_languages(text: str, question: str) -> bool:

@@ -6,7 +6,7 @@ const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 4"];
 const HEIGHT = 190;
 const MARGIN = { left: 50, right: 12, top: 20, bottom: 24 };
 const HEADROOM = 3; // a level more than so many times above the lines is told in the legend and not drawn
-const CHARACTER = 5.9; // pixels of a letter of a stage's name
+const CHARACTER = 6.6; // pixels that a letter of a stage's name may take
 
 const runColor = (run) => color(run);
 const shownRuns = () => data.runs.map((run, place) => ({ ...run, place })).filter((run) => !view.hidden.has(run.place) && axisOf(run));
@@ -105,7 +105,7 @@ class Plot {
       const from = Math.max(left, this.x(place === 0 ? Math.min(xs[0], this.x0) : edge(band.first)));
       const to = Math.min(right, this.x(place === first.bands.length - 1 ? xs[xs.length - 1] : edge(band.last + 1)));
       if (place % 2) ground.append(makeSvg("rect", { class: "band", x: from, y: top, width: Math.max(0, to - from), height: bottom - top }));
-      const name = band.names.find((each) => each.length * CHARACTER < to - from - 4);
+      const name = band.names.find((each) => each.length * CHARACTER < to - from - 6);
       if (name && (first.bands.length > 1 || !several)) ground.append(makeSvg("text", { class: "band-name", x: (from + to) / 2, y: top - 7 }, name));
     });
     for (const tick of ticks(this.y0, this.y1, 4)) {

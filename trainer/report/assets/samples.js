@@ -268,7 +268,7 @@ async function showSample() {
   const first = firstRow[group];
   const record = texts[groups.place[group]];
   const detail = tokens?.[groups.place[group]]?.[row - first] ?? null;
-  place.replaceChildren(...sampleNodes(row, record, record.samples[row - first], detail));
+  place.replaceChildren(...sampleNodes(row, record, record.samples[row - first], detail).filter(Boolean));
   place.scrollTop = 0;
   place.dataset.row = row;
   return undefined;
