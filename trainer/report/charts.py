@@ -54,10 +54,10 @@ CHARTS = (
     Chart(
         "Response length",
         "tokens",
-        "mean over a step's samples, and over the right and the wrong ones apart",
+        "mean over a step's samples, and over the right and the wrong ones apart; the limit is of prompt and response together",
         (
             *_lines(("length/mean", "mean"), ("length/right", "right"), ("length/wrong", "wrong")),
-            Series("context", "context limit (prompt and response)", "level"),
+            Series("context", "context limit", "level"),
         ),
     ),
     Chart("Verdicts", "share", "the reasons of a step's verdicts", (), kind="stack", zero=True),

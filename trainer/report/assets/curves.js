@@ -101,14 +101,21 @@ class Plot {
     const first = this.runs[0];
     const xs = axisOf(first);
     const edge = (place) => (place <= 0 ? xs[0] : (xs[place - 1] + xs[Math.min(place, xs.length - 1)]) / 2);
-    first.bands.forEach((band, place) => {
-      const from = Math.max(left, this.x(place === 0 ? Math.min(xs[0], this.x0) : edge(band.first)));
-      const to = Math.min(right, this.x(place === first.bands.length - 1 ? xs[xs.length - 1] : edge(band.last + 1)));
-      if (place % 2) ground.append(makeSvg("rect", { class: "band", x: from, y: top, width: Math.max(0, to - from), height: bottom - top }));
-      const name = band.names.find((each) => each.length * CHARACTER < to - from - 6);
-      if (name && (first.bands.length > 1 || !several)) ground.append(makeSvg("text", { class: "band-name", x: (from + to) / 2, y: top - 7 }, name));
+    const bands = first.bands.map((band, place) => ({
+      names: band.names,
+      from: Math.max(left, this.x(place === 0 ? Math.min(xs[0], this.x0) : edge(band.first))),
+      to: Math.min(right, this.x(place === first.bands.length - 1 ? xs[xs.length - 1] : edge(band.last + 1))),
+    }));
+    // All stages are named at the same length, the longest at which all have room; where none is, each by what fits it.
+    const fits = (band, name) => name.length * CHARACTER < band.to - band.from - 6;
+    const named = (band, length) => band.names[Math.min(length, band.names.length - 1)];
+    const length = [0, 1, 2].find((each) => bands.every((band) => fits(band, named(band, each))));
+    bands.forEach((band, place) => {
+      if (place % 2) ground.append(makeSvg("rect", { class: "band", x: band.from, y: top, width: Math.max(0, band.to - band.from), height: bottom - top }));
+      const name = length === undefined ? band.names.find((each) => fits(band, each)) : named(band, length);
+      if (name) ground.append(makeSvg("text", { class: "band-name", x: (band.from + band.to) / 2, y: top - 7 }, name, makeSvg("title", {}, band.names[0])));
     });
-    for (const tick of ticks(this.y0, this.y1, 4)) {
+    for (const tick of ticks(this.y0, this.y1, 5)) {
       ground.append(
         makeSvg("line", { class: "grid", x1: left, x2: right, y1: this.y(tick), y2: this.y(tick) }),
         makeSvg("text", { class: "tick-y", x: left - 6, y: this.y(tick) + 3.5 }, sayTick(tick, this.spec.unit)));
@@ -575,23 +582,26 @@ function showAlarms() {
 }
 
 function alarmFigure(run, place) {
-  const card = make("div", { class: "card" }, runTitle(run, place));
   const [first, last] = [run.steps[0], run.steps.at(-1)];
-  const strip = (spans, title) => {
+  const saySteps = ([from, to]) => (from === to ? `step ${from}` : `steps ${from} to ${to}`);
+  const strip = (spans, name) => {
     const svg = makeSvg("svg", { class: "strip", viewBox: "0 0 1000 12", preserveAspectRatio: "none", "aria-hidden": "true" }, makeSvg("rect", { class: "strip-ground", width: 1000, height: 12 }));
     const at = (step) => (1000 * (step - first)) / (last - first + 1);
-    for (const [from, to] of spans) svg.append(makeSvg("rect", { class: "strip-span", x: at(from), width: Math.max(3, at(to + 1) - at(from)), height: 12 }, makeSvg("title", {}, `${title}: ${steps([from, to])}`)));
+    for (const [from, to] of spans) svg.append(makeSvg("rect", { class: "strip-span", x: at(from), width: Math.max(3, at(to + 1) - at(from)), height: 12 }, makeSvg("title", {}, `${name}: ${saySteps([from, to])}`)));
     return svg;
   };
-  const steps = ([from, to]) => (from === to ? `step ${from}` : `steps ${from} to ${to}`);
-  const row = (name, spans, calm) =>
+  const row = (name, spans) =>
     make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "strip-cell" }, strip(spans, name)),
-      make("td", { class: spans.length ? "bad" : "quiet" }, spans.length ? spans.slice(0, 6).map(steps).join(", ") + (spans.length > 6 ? `, and ${spans.length - 6} more` : "") : calm));
-  const rows = run.alarms.map((alarm) => row(alarm.name.replaceAll("_", " "), alarm.spans, "never"));
-  if ("guard/skipped" in run.columns) {
-    const count = run.skipped.reduce((sum, [, skipped]) => sum + skipped, 0);
-    rows.push(row(count ? `${count} mini-batches skipped` : "mini-batches skipped", run.skipped.map(([step]) => [step, step]), "none"));
-  }
-  card.append(rows.length ? make("table", { class: "alarms" }, make("tbody", {}, rows)) : make("p", { class: "quiet" }, "These metrics carry no alarms."));
-  return card;
+      make("td", {}, spans.slice(0, 6).map(saySteps).join(", ") + (spans.length > 6 ? `, and ${spans.length - 6} more` : "")));
+  const nameOf = (alarm) => alarm.name.replaceAll("_", " ");
+  const rows = run.alarms.filter((alarm) => alarm.spans.length).map((alarm) => row(nameOf(alarm), alarm.spans));
+  const quiet = run.alarms.filter((alarm) => !alarm.spans.length).map(nameOf);
+  const guarded = "guard/skipped" in run.columns;
+  const skipped = run.skipped.reduce((sum, [, count]) => sum + count, 0);
+  if (skipped) rows.push(row(`${skipped} mini-batch${skipped > 1 ? "es" : ""} skipped`, run.skipped.map(([step]) => [step, step])));
+  return make("div", { class: "card" }, runTitle(run, place),
+    rows.length ? make("table", { class: "alarms" }, make("tbody", {}, rows)) : null,
+    quiet.length ? make("p", { class: "quiet" }, make("span", { class: "good" }, "✓ "), `No alarm of: ${quiet.join(", ")}.`) : null,
+    run.alarms.length ? null : make("p", { class: "quiet" }, "These metrics carry no alarms."),
+    make("p", { class: "quiet" }, guarded ? (skipped ? "" : [make("span", { class: "good" }, "✓ "), "No mini-batch was skipped for a number that is not finite."]) : "These metrics do not say whether mini-batches were skipped."));
 }

@@ -86,10 +86,11 @@ function pressKey(event) {
 /** Does it with the browser in sight. */
 function toSamples(act) {
   const panes = document.querySelector(".panes").getBoundingClientRect();
-  if (panes.top > innerHeight * 0.7 || panes.bottom < innerHeight * 0.3) byId("samples").scrollIntoView();
+  if (panes.top > innerHeight * 0.6 || panes.bottom > innerHeight + 40 || panes.bottom < innerHeight * 0.5) byId("samples").scrollIntoView();
   act();
 }
 
+document.body.classList.toggle("several", several);
 showTheme(recall());
 byId("theme").addEventListener("click", changeTheme);
 byId("help-open").addEventListener("click", () => byId("help").showModal());

@@ -116,7 +116,8 @@ function listRows() {
   const value = SORTS[byId("sort").value];
   const turn = byId("descending").getAttribute("aria-pressed") === "true" ? -1 : 1;
   // What has no value stands last in both directions.
-  const keys = Float64Array.from({ length: COUNT }, (_, row) => value(row) ?? NaN);
+  const keys = new Float64Array(COUNT);
+  for (const row of order) keys[row] = value(row) ?? NaN;
   order.sort((a, b) => {
     const [left, right] = [keys[a], keys[b]];
     if (Number.isNaN(left) || Number.isNaN(right)) return Number.isNaN(left) - Number.isNaN(right) || a - b;
@@ -178,7 +179,7 @@ function listRow(place) {
     make("span", { class: "row-head" }, preview || "question not recorded"),
     make("span", { class: "row-side" }, rows.tokens[row] === null ? "" : `${grouped.format(rows.tokens[row])} tok`),
     make("span", { class: "row-ending" }, rows.ending[row]),
-    make("span", { class: "row-side" }, run, ` ${store.reasons[rows.reason[row]]} · ${store.fates[groups.fate[group]]} · ${groups.step[group]}`));
+    make("span", { class: "row-side" }, run, ` ${store.reasons[rows.reason[row]]} · ${store.fates[groups.fate[group]]} · step ${groups.step[group]}`));
 }
 
 /** The row at this place of the list becomes the chosen one, and is scrolled into sight. */
