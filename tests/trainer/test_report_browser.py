@@ -199,6 +199,19 @@ def test_keys(page, recorded):
     wait_until(page, "document.querySelectorAll('.crosshair line').length > 5")
 
 
+def test_the_cursor_stands_in_all_charts_and_reads_the_values(page):
+    page.evaluate("scrollTo(0, 0)")
+    chart = page.locator("[data-title=Accuracy] svg.plot")
+    place = page.evaluate("plots[0].x(20)")
+    chart.hover(position={"x": place, "y": 90})
+    wait_until(page, "document.querySelector('[data-title=Accuracy] .legend').textContent.includes('25 %')")
+    page.wait_for_timeout(150)
+    assert page.locator(".crosshair line").count() == page.evaluate("plots.length")
+    assert "step 20" in chart.text_content()
+    assert "0.55" in page.inner_text("[data-title=Entropy] .legend")
+    assert "70" in page.inner_text("[data-title='Response length'] .legend")
+
+
 def test_thinking_is_folded_until_it_is_asked_for(page, recorded):
     row = next(at for at, (_, sample) in enumerate(recorded[1]) if "</think>" in sample["text"])
     page.evaluate(f"chooseRow({row})")

@@ -22,7 +22,8 @@ from trainer.report.sample_files import Reading, RecordedGroup, RecordedSample, 
 
 PIECE_CHARACTERS = 400_000
 """A piece is opened in milliseconds, and is large enough to be packed well."""
-PACKING = 5
+TEXT_LEVEL, TOKEN_LEVEL = 5, 2
+"""Of gzip: numbers gain little from more work."""
 PREVIEW = 100
 ENDING = 60
 """Characters of a question, and of an output's end, that the list shows."""
@@ -132,14 +133,15 @@ class SampleStore:
 
     def _close_piece(self) -> None:
         if self._texts:
-            self.pieces.append((pack(self._texts), pack(self._tokens) if any(self._tokens) else ""))
+            tokens = pack(self._tokens, TOKEN_LEVEL) if any(self._tokens) else ""
+            self.pieces.append((pack(self._texts, TEXT_LEVEL), tokens))
         self._texts, self._tokens, self._characters = [], [], 0
 
 
-def pack(value: Any) -> str:
+def pack(value: Any, level: int) -> str:
     """JSON in gzip in base64, the same for the same value."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packer = zlib.compressobj(PACKING, wbits=31)
+    packer = zlib.compressobj(level, wbits=31)
     packed = packer.compress(text.encode("utf-8", "replace")) + packer.flush()
     return base64.b64encode(packed).decode("ascii")
 

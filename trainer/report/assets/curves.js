@@ -464,6 +464,7 @@ function verdictPlot(spec, run) {
 
 const SURPLUS = ["recovered", "pending", "expired"];
 const LOST = ["uniform", "aborted", "failed"];
+const ROOMY = 18; // a ribbon so thick holds its own label
 
 function showLedgers() {
   for (const [place, run] of data.runs.entries()) byId("flows").append(ledgerFigure(run, place));
@@ -517,7 +518,7 @@ function flowSvg(ledger, fates) {
     bars.append(rect);
   };
   const label = (x, y, name, count, anchor = "start") =>
-    bars.append(makeSvg("text", { x, y, "text-anchor": anchor }, makeSvg("tspan", { class: "name" }, name), ` ${grouped.format(count)}`, name === "drawn" ? "" : makeSvg("tspan", { class: "part" }, `  ${sayPart(count / ledger.drawn)}`)));
+    bars.append(makeSvg("text", { x, y, "text-anchor": anchor, class: anchor === "middle" ? "halo" : null }, makeSvg("tspan", { class: "name" }, name), ` ${grouped.format(count)}`, name === "drawn" ? "" : makeSvg("tspan", { class: "part" }, `  ${sayPart(count / ledger.drawn)}`)));
 
   const colorOf = (fate) => FATE_COLORS[fate];
   const places = {};
@@ -542,7 +543,8 @@ function flowSvg(ledger, fates) {
       const count = surplus.reduce((sum, each) => sum + ledger[each], 0);
       ribbon(x0 + bar, from, x1, passing.y, through, "var(--c6)", `left over of a step's batch: ${grouped.format(count)}`);
       node(x1, passing.y, through, "var(--c6)");
-      label(x1 + bar / 2, passing.y - 7, "surplus", count, "middle");
+      if (through >= ROOMY) label(x1 - 8, passing.y + through / 2 + 4, "surplus", count, "end");
+      else label(x1 + bar / 2, passing.y - 7, "surplus", count, "middle");
       from += through;
       let out = passing.y;
       for (const each of surplus) {
@@ -603,5 +605,5 @@ function alarmFigure(run, place) {
     rows.length ? make("table", { class: "alarms" }, make("tbody", {}, rows)) : null,
     quiet.length ? make("p", { class: "quiet" }, make("span", { class: "good" }, "✓ "), `No alarm of: ${quiet.join(", ")}.`) : null,
     run.alarms.length ? null : make("p", { class: "quiet" }, "These metrics carry no alarms."),
-    make("p", { class: "quiet" }, guarded ? (skipped ? "" : [make("span", { class: "good" }, "✓ "), "No mini-batch was skipped for a number that is not finite."]) : "These metrics do not say whether mini-batches were skipped."));
+    skipped ? null : make("p", { class: "quiet" }, guarded ? [make("span", { class: "good" }, "✓ "), "No mini-batch was skipped for a number that is not finite."] : "These metrics do not say whether mini-batches were skipped."));
 }

@@ -84,9 +84,9 @@ const INTEGRALS = pairs(`int=∫ iint=∬ iiint=∭ oint=∮`);
 const FUNCTIONS = new Set(`sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth log ln lg exp det dim ker deg arg hom
   gcd lcm max min sup inf lim limsup liminf Pr`.split(/\s+/));
 const LIMITS = new Set(`max min sup inf lim limsup liminf gcd det Pr`.split(" "));
-const ACCENTS = pairs(`hat=^ widehat=^ bar=¯ overline=¯ vec=→ overrightarrow=→ overleftarrow=← tilde=~ widetilde=~ dot=˙ ddot=¨
+const ACCENTS = pairs(`hat=^ widehat=^ bar=¯ vec=→ overrightarrow=→ overleftarrow=← tilde=~ widetilde=~ dot=˙ ddot=¨
   overbrace=⏞ check=ˇ breve=˘ acute=´ grave=\` overleftrightarrow=↔ overarc=⌒ wideparen=⌒`);
-const UNDER = pairs(`underline=_ underbrace=⏟`);
+const UNDER = pairs(`underbrace=⏟`);
 const SPACES = { ",": 0.17, ":": 0.22, ">": 0.22, ";": 0.28, "!": -0.17, " ": 0.3, quad: 1, qquad: 2, thinspace: 0.17, enspace: 0.5, space: 0.3, medspace: 0.22 };
 const TEXTS = new Set("text textrm textbf textit textsf texttt textnormal mbox hbox mathrm operatorname mathit mathsf mathtt rm".split(" "));
 const STYLED = { mathbb: "double", Bbb: "double", mathbf: "bold", boldsymbol: "bold", bm: "bold", bold: "bold", mathcal: "script", mathscr: "script", mathfrak: "fraktur" };
@@ -275,6 +275,7 @@ class FormulaParser {
     if (name === "|") return mathNode("mo", ["‖"], { stretchy: "false" });
     if (IGNORED.has(name)) return null;
     if (FRACTIONS.has(name)) return this.styledFraction(name);
+    if (name === "overline" || name === "underline") return mathNode("mrow", [this.argument()], { class: name });
     if (Object.hasOwn(ACCENTS, name)) return mathNode("mover", [this.argument(), mathNode("mo", [ACCENTS[name]])], { accent: "true" });
     if (Object.hasOwn(UNDER, name)) return mathNode("munder", [this.argument(), mathNode("mo", [UNDER[name]])]);
     if (TEXTS.has(name)) return this.text(name);

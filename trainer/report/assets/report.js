@@ -101,5 +101,11 @@ showLedgers();
 showTimes();
 showAlarms();
 showSamples();
-new ResizeObserver(() => requestAnimationFrame(drawPlots)).observe(byId("charts"));
+let drawnWidth = 0;
+// By width alone: a legend that needs one more line for the cursor's values makes the charts higher, which is nothing to draw for.
+new ResizeObserver(([{ contentRect }]) => {
+  if (contentRect.width === drawnWidth) return;
+  drawnWidth = contentRect.width;
+  requestAnimationFrame(drawPlots);
+}).observe(byId("charts"));
 performance.mark("interactive");

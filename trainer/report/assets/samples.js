@@ -21,6 +21,7 @@ const browser = {
   hits: null, // of each row whether the search found it, null without a search
   search: 0, // the newest search's number
   query: "",
+  shown: 0, // how often a sample was asked to be shown; what comes late is dropped
   picked: {}, // facet → set of the values picked
   unfolded: false,
   coloring: 0,
@@ -258,6 +259,7 @@ async function search(query) {
 // One sample
 
 async function showSample() {
+  const number = ++browser.shown;
   const row = browser.row;
   const place = byId("sample");
   if (row < 0) return place.replaceChildren(make("p", { class: "quiet" }, "No sample is chosen."));
@@ -265,7 +267,7 @@ async function showSample() {
   const piece = groups.piece[group];
   const wantsTokens = COLORINGS[browser.coloring] !== "none" && groups.detail[group];
   const [texts, tokens] = await Promise.all([openPiece(`texts-${piece}`), wantsTokens ? openPiece(`tokens-${piece}`) : null]);
-  if (browser.row !== row) return undefined;
+  if (browser.shown !== number) return undefined;
   const first = firstRow[group];
   const record = texts[groups.place[group]];
   const detail = tokens?.[groups.place[group]]?.[row - first] ?? null;
@@ -374,7 +376,13 @@ function responseNodes(row, sample, tokens) {
   fold.addEventListener("toggle", unfold);
   unfold();
   const before = text.slice(0, start).replace("<think>", "").trim() ? nodes(0, start) : [];
-  return [...before, fold, ...nodes(rest, text.length)];
+  return [...before, fold, ...nodes(afterBreaks(text, rest), text.length)];
+}
+
+/** A block stands on lines of its own: the line breaks around it would only open gaps. */
+function afterBreaks(text, place) {
+  while (text[place] === "\n") place++;
+  return place;
 }
 
 function markSpans(sample) {
@@ -402,12 +410,14 @@ function proseNodes(text, start, end, marks) {
   let at = start;
   const formulas = browser.formulas ? findFormulas(text.slice(start, end)) : [];
   for (const formula of formulas) {
-    nodes.push(...markedNodes(text, at, start + formula.start, marks));
+    const opens = start + formula.start;
+    nodes.push(...markedNodes(text, at, formula.display && text[opens - 1] === "\n" && opens > at ? opens - 1 : opens, marks));
     at = start + formula.end;
     const math = renderFormula(formula.source, formula.display);
-    const hit = marks.find((mark) => mark.start < at && mark.end > start + formula.start);
-    const node = math ?? make("code", { class: "formula-source", title: "a formula that is shown as its source" }, text.slice(start + formula.start, at));
+    const hit = marks.find((mark) => mark.start < at && mark.end > opens);
+    const node = math ?? make("code", { class: "formula-source", title: "a formula that is shown as its source" }, text.slice(opens, at));
     nodes.push(hit ? make("mark", { class: hit.kind, title: hit.title }, node) : node);
+    if (math && formula.display && text[at] === "\n" && at < end) at++;
   }
   nodes.push(...markedNodes(text, at, end, marks));
   return nodes;
