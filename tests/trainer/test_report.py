@@ -143,11 +143,12 @@ def test_a_torn_and_an_unreadable_file_and_a_bad_line_are_told_and_passed_over(t
     whole = (run / "samples/step-000001.jsonl.gz").read_bytes()
     (run / "samples/step-000001.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (run / "samples/step-000002.jsonl.gz").write_bytes(b"no gzip at all")
+    (run / "samples/step-000004.jsonl.gz").write_bytes(b"")
     lines = gzip.decompress((run / "samples/step-000003.jsonl.gz").read_bytes()).splitlines()
     (run / "samples/step-000003.jsonl.gz").write_bytes(gzip.compress(b"\n".join([*lines[:5], b'{"step": "three"}'])))
     path, notes = report([run])
-    assert [re.search(r"step-00000(\d)", note)[1] for note in notes] == ["1", "2", "3"]
-    assert "1 lines are no groups" in notes[2]
+    assert [re.search(r"step-00000(\d)", note)[1] for note in notes] == ["1", "2", "4", "3"]
+    assert "1 lines are no groups" in notes[3]
     page = Page(path.read_text(encoding="utf-8"))
     assert json.loads(page.block("data"))["samples"]["notes"] == list(notes)
     steps = [row["step"] for row, _, _ in page_samples(page)]

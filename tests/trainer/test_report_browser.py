@@ -297,6 +297,10 @@ def test_axis_smoothing_and_runs(browser, recorded, tmp_path):
         page = found.page
         lines = "document.querySelector('[data-title=Entropy]').querySelectorAll('path.line:not(.raw)').length"
         assert page.evaluate(lines) == 4
+        # Where the second run has ended it has no value; an evaluation is read with its own step.
+        page.evaluate("setCursor(38)")
+        wait_until(page, "document.querySelector('[data-title=Accuracy] .legend').textContent.includes('47.5 % –')")
+        assert "50 % at 40 50 % at 30" in page.inner_text("[data-title=Accuracy] .legend")
         page.click("#run-legend .chip >> text=second")
         assert page.evaluate(lines) == 2
         path_of = "document.querySelector('[data-title=Entropy] path.line:not(.raw)').getAttribute('d')"
@@ -308,6 +312,14 @@ def test_axis_smoothing_and_runs(browser, recorded, tmp_path):
         assert page.evaluate("view.axis") == "drawn"
         assert page.locator("[data-title=Entropy] .tick-x").last.text_content() == "400"
         assert found.errors == []
+
+
+def test_what_all_questions_begin_with_is_left_out_of_the_list(browser, tmp_path):
+    run = write_run(tmp_path / "run")
+    asked = [f"State the final answer of this problem: 1{digit} + 4 =" for digit in range(3)]
+    write_step(run, 1, [{"step": 1, "prompt": {"question": each}, "samples": [{"text": "14"}]} for each in asked])
+    with opened(browser, report([run])[0]) as found:
+        assert found.page.locator(".row-head").all_inner_texts() == [f"…1{digit} + 4 =" for digit in range(3)]
 
 
 def test_a_run_without_samples_says_so(browser, tmp_path):

@@ -92,6 +92,8 @@ def survey(run: Path, progress: Callable[[str], None] = lambda _: None) -> Surve
                 lines += 1
                 if first is None:
                     first = parse_group(line)
+            if not lines:  # to gzip a file without a byte is whole
+                raise EOFError("it is empty")
         except (OSError, EOFError, zlib.error) as error:
             notes.append(f"{path}: torn or unreadable after {lines} groups ({error}); the rest of it is left out")
         groups += lines

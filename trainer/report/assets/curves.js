@@ -162,10 +162,11 @@ class Plot {
   /** Where the cursor is: a line, and the legend's values there. */
   mark() {
     this.crosshair.replaceChildren();
-    if (this.x1 === undefined || !this.runs.length) return;
+    if (this.x1 === undefined || !this.runs.length) return undefined;
     if (view.cursor !== null) {
       const { left, right, top, bottom } = this.place;
       const xs = axisOf(this.runs[0]);
+      if (view.cursor < this.x0 || view.cursor > this.x1) return this.legendOf(view.cursor);
       const place = nearest(xs, view.cursor);
       const x = Math.max(left, Math.min(right, this.x(xs[place])));
       const side = x > (left + right) / 2 ? "end" : "start";
@@ -174,7 +175,7 @@ class Plot {
         makeSvg("text", { x: x + (side === "end" ? -5 : 5), y: bottom - 5, "text-anchor": side },
           view.axis === "step" ? `step ${grouped.format(xs[place])}` : `${grouped.format(xs[place])} drawn, step ${grouped.format(this.runs[0].steps[place])}`));
     }
-    this.legendOf(view.cursor);
+    return this.legendOf(view.cursor);
   }
 
   item(swatch, label, value, extra = {}) {
@@ -216,7 +217,7 @@ class LinePlot extends Plot {
           const found = run.evaluations.find((each) => each.name === name);
           if (found) {
             const xs = view.axis === "step" ? found.steps : found.drawn;
-            this.lines.push({ run, label, role: "points", xs, raw: found.values, means: found.values, stroke: several ? runColor(run.place) : color(place + 1), dash: several ? DASHES[(place + 1) % DASHES.length] : "" });
+            this.lines.push({ run, label, role: "points", xs, steps: found.steps, raw: found.values, means: found.values, stroke: several ? runColor(run.place) : color(place + 1), dash: several ? DASHES[(place + 1) % DASHES.length] : "" });
           }
         }
       });
@@ -251,6 +252,14 @@ class LinePlot extends Plot {
     this.y0 = low === 0 ? 0 : low - room;
     this.y1 = high + room;
     if (this.y0 < 0 && low >= 0) this.y0 = 0;
+  }
+
+  /** The place of a line's value at the cursor; -1 where the line has begun later or ended before. */
+  at(line, cursor) {
+    const { xs } = line;
+    const half = xs.length > 1 ? (xs.at(-1) - xs[0]) / (xs.length - 1) / 2 : 0.5;
+    if (!line.steps && (cursor < xs[0] - half || cursor > xs.at(-1) + half)) return -1;
+    return nearest(xs, cursor);
   }
 
   id(label) {
@@ -307,8 +316,9 @@ class LinePlot extends Plot {
       if (!lines.length) return null;
       const hidden = view.hiddenSeries.has(this.id(label));
       const values = lines.map((line) => {
-        const at = cursor === null ? line.raw.findLastIndex((value) => value !== null) : nearest(line.xs, cursor);
-        const text = say(line.raw[at], this.spec.unit) + (line.far ? " (above)" : "");
+        const at = cursor === null ? line.raw.findLastIndex((value) => value !== null) : this.at(line, cursor);
+        // An evaluation is read at its own step, which may be far from the cursor.
+        const text = say(line.raw[at], this.spec.unit) + (line.far ? " (above)" : "") + (line.steps && cursor !== null ? ` at ${line.steps[at]}` : "");
         return several ? make("b", { style: { color: line.stroke } }, text) : text;
       });
       const dash = role === "level" ? "4 3" : several ? lines[0].dash : "";
@@ -380,10 +390,11 @@ class StackPlot extends Plot {
 
   legendOf(cursor) {
     if (!this.runs?.length) return;
-    const at = cursor === null ? axisOf(this.runs[0]).length - 1 : nearest(axisOf(this.runs[0]), cursor);
+    const xs = axisOf(this.runs[0]);
+    const at = cursor === null ? xs.length - 1 : cursor > this.x1 ? -1 : nearest(xs, cursor);
     const unit = this.spec.unit;
     this.legend.replaceChildren(...this.parts.map(([name, values], part) =>
-      this.item(this.swatch(this.colors[name] ?? color(part), "", true), name, unit === "s" ? saySeconds(values[at] ?? 0) : say(values[at] ?? 0, unit))));
+      this.item(this.swatch(this.colors[name] ?? color(part), "", true), name, at < 0 ? "–" : unit === "s" ? saySeconds(values[at] ?? 0) : say(values[at] ?? 0, unit))));
   }
 }
 

@@ -151,6 +151,17 @@ function sayFound() {
 // The list: only the rows in sight are in the document.
 
 let drawnFrom = -1;
+const LONG_OPENING = 16;
+
+/** How many characters all questions begin with, whole words, where it is many: the list leaves them out. */
+const opening = (() => {
+  const questions = store.prompts.map(([, preview]) => preview);
+  if (questions.length < 2) return 0;
+  let length = 0;
+  while (length < questions[0].length && questions.every((question) => question[length] === questions[0][length])) length++;
+  const words = questions[0].lastIndexOf(" ", length - 1) + 1;
+  return words < LONG_OPENING ? 0 : words;
+})();
 
 function drawRows() {
   const list = byId("list");
@@ -177,7 +188,7 @@ function listRow(place) {
     onclick: () => choose(place),
   },
     make("span", { class: `mark verdict-${verdict}`, title: VERDICTS[verdict] }, MARKS[verdict]),
-    make("span", { class: "row-head" }, preview || "question not recorded"),
+    make("span", { class: "row-head" }, opening ? `…${preview.slice(opening)}` : preview || "question not recorded"),
     make("span", { class: "row-side" }, rows.tokens[row] === null ? "" : `${grouped.format(rows.tokens[row])} tok`),
     make("span", { class: "row-ending" }, rows.ending[row]),
     make("span", { class: "row-side" }, run, ` ${store.reasons[rows.reason[row]]} · ${store.fates[groups.fate[group]]} · step ${groups.step[group]}`));
@@ -568,7 +579,10 @@ function showSamples() {
   const parts = [];
   if (!COUNT) {
     parts.push(store.found_groups ? "No group of the sample files can be read." : "No samples were recorded: the run's folder has no samples/.");
-  } else if (held < store.found_groups) {
+  } else {
+    parts.push("A run records some groups of a step, of each fate in turn: shares among them are not the run's.");
+  }
+  if (COUNT && held < store.found_groups) {
     parts.push(`${grouped.format(held)} of ${grouped.format(store.found_groups)} recorded groups are in this page, taken evenly over the steps.`);
   }
   const detailed = groups.detail.filter(Boolean).length;
