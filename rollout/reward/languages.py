@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 QUESTION_SHARE = 0.1
@@ -89,11 +90,30 @@ def measure_languages(text: str, question: str = "") -> Languages:
     total = letters.total()
     if not total:
         return Languages({}, 0.0, 0)
-    asked = _words(question)
-    expected = _scripts(asked) or {letters.most_common(1)[0][0]}
-    known = {word.casefold() for _, word in asked}
-    foreign = sum(len(word) for script, word in words if script not in expected and word.casefold() not in known)
+    is_foreign = _foreign_to(question, letters)
+    foreign = sum(len(word) for script, word in words if is_foreign(script, word))
     return Languages({script: count / total for script, count in letters.most_common()}, foreign / total, foreign)
+
+
+def foreign_spans(text: str, question: str = "") -> list[tuple[int, int]]:
+    """[start, stop) in characters of each word that `measure_languages` counts as foreign, in order. Pure; for a reader's eye:
+    each character is normalised by itself, so that the places are those of the text as it stands."""
+    letters, words = Counter[str](), []
+    for start, stop in _prose_spans(text):
+        prose = text[start:stop]
+        origin = range(start, stop + 1)
+        if not prose.isascii() and not unicodedata.is_normalized("NFKC", prose):
+            normal = [unicodedata.normalize("NFKC", character) for character in prose]
+            origin = [start + place for place, characters in enumerate(normal) for _ in characters]
+            prose = "".join(normal)
+        for match in _WORDS.finditer(prose):
+            if _counts(match):
+                letters[match.lastgroup] += len(match.group())
+                words.append((match.lastgroup, match.group(), origin[match.start()], origin[match.end() - 1] + 1))
+    if not words:
+        return []
+    is_foreign = _foreign_to(question, letters)
+    return [(start, stop) for script, word, start, stop in words if is_foreign(script, word)]
 
 
 def mixes_languages(text: str, question: str) -> bool:
@@ -120,7 +140,12 @@ def _words(text: str) -> list[tuple[str, str]]:
 
 
 def _prose(text: str) -> str:
-    r"""With a blank for each formula and the like. An opener whose closer is missing is none, but `\begin` remains a command."""
+    """With a blank for each formula and the like."""
+    return " ".join(text[start:stop] for start, stop in _prose_spans(text))
+
+
+def _prose_spans(text: str) -> list[tuple[int, int]]:
+    r"""[start, stop) of what is prose. An opener whose closer is missing is none, but `\begin` remains a command."""
     pieces, start, place = [], 0, 0
     last: dict[str, int] | None = None  # closer → where it stands last: what is not ahead must not be looked for ever again
     while found := _APART.search(text, place):
@@ -136,21 +161,29 @@ def _prose(text: str) -> str:
                 continue
             else:
                 place = found.start() + len("\\begin")
-        pieces.append(text[start : found.start()])
+        pieces.append((start, found.start()))
         start = place
-    pieces.append(text[start:])
-    return " ".join(pieces)
+    pieces.append((start, len(text)))
+    return pieces
 
 
 def _words_of(prose: str) -> list[tuple[str, str]]:
     if not prose.isascii():
         prose = unicodedata.normalize("NFKC", prose)
-    words = []
-    for match in _WORDS.finditer(prose):
-        script, word = match.lastgroup, match.group()
-        if len(word) > SYMBOL_LENGTH or script not in _SYMBOLIC:
-            words.append((script, word))
-    return words
+    return [(match.lastgroup, match.group()) for match in _WORDS.finditer(prose) if _counts(match)]
+
+
+def _counts(match: re.Match[str]) -> bool:
+    """Whether the run of letters is a word, not a symbol."""
+    return len(match.group()) > SYMBOL_LENGTH or match.lastgroup not in _SYMBOLIC
+
+
+def _foreign_to(question: str, letters: Counter[str]) -> Callable[[str, str], bool]:
+    """Whether a word of this script is foreign to the question. letters: the output's, by script, not empty."""
+    asked = _words(question)
+    expected = _scripts(asked) or {letters.most_common(1)[0][0]}
+    known = {word.casefold() for _, word in asked}
+    return lambda script, word: script not in expected and word.casefold() not in known
 
 
 def _scripts(words: list[tuple[str, str]]) -> set[str]:
