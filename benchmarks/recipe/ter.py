@@ -62,8 +62,8 @@ def find(records: Sequence[Record]) -> Findings:
         }  # fmt: skip
     held_of = {arm: f"{each['held']} of {each['runs']}" for arm, each in numbers.items()}
     said = [
-        f"With TER the mean entropy of the last third is within {NEAR} of the target {TARGET} in {held_of['GRPO + TER']} runs; without "
-        f"it in {held_of['GRPO']} (GRPO) and {held_of['GRPO + bonus']} (entropy bonus)."
+        f"With TER the mean entropy of the last third is within {NEAR} of the target {TARGET} in {held_of['GRPO + TER']} runs; "
+        f"without it in {held_of['GRPO']} (GRPO) and {held_of['GRPO + bonus']} (entropy bonus)."
     ]
     for start in labels_of(records, "start"):
         pair = where(records, start=start, arm="GRPO"), where(records, start=start, arm="GRPO + TER")
@@ -71,8 +71,8 @@ def find(records: Sequence[Record]) -> Findings:
         mixed = paired(*pair, lambda record: last_third(record["train"]["mixed"]))
         numbers[f"TER - GRPO, {start}"] = {"pass_at_1": [gain.mean, gain.half], "mixed": [mixed.mean, mixed.half]}
         said.append(
-            f"From a start that is {start}, TER changes pass@1 by {gain.text('+.1%')} and the share of outputs that mix languages by "
-            f"{mixed.text('+.1%')}{'.' if gain.sure or mixed.sure else ': neither is certain.'}"
+            f"From a start that is {start}, TER changes pass@1 by {gain.text('+.1%')} and the share of outputs that mix "
+            f"languages by {mixed.text('+.1%')}{'.' if gain.sure or mixed.sure else ': neither is certain.'}"
         )
     return Findings(said, table, numbers)
 
