@@ -1,4 +1,4 @@
-# make demo · make test · make gate · make lint. Everything lives in .venv; nothing outside this folder is written.
+# make demo · make test · make test-long · make gate · make lint. Everything lives in .venv; nothing outside this folder is written.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +11,12 @@ NATIVE := $(VENV)/.native
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gate bench lint format clean smollm2
+.PHONY: help setup demo test test-long gate bench lint format clean smollm2
 
 help:
 	@echo "make demo     set up, then train a tiny model through the three stages on CPU and draw the figures"
-	@echo "make test     set up, then run all tests"
+	@echo "make test     set up, then run the tests"
+	@echo "make test-long  those that take minutes each: runs killed again and again, experiments in small"
 	@echo "make gate     the kernels against benchmarks/gates.toml, and their machine code"
 	@echo "make bench    the kernels beside every installed peer: a table, JSON and a plot in benchmarks/results"
 	@echo "make lint     ruff"
@@ -49,6 +50,10 @@ demo: setup
 TESTERS ?= 2
 test: setup
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+
+# What takes minutes each: runs that are killed again and again, the experiments' quick forms.
+test-long: setup
+	@$(BIN)/python -m pytest -m long
 
 # A machine that runs other things beside, as CI's does, holds the generous limits alone.
 gate: setup

