@@ -28,11 +28,11 @@ class Size:
     """Of every run. seeds: 1, 2, … of each arm; where an experiment says that it takes fewer, its own number at most."""
 
     seeds: int = 5
-    steps: int = 36
+    steps: int = 32
     warmup: int = 450
-    groups: int = 24
+    groups: int = 16
     group_size: int = 8
-    every: int = 6
+    every: int = 8
     """Steps between evaluations."""
     limit: int = 60
     """Held-out problems of each bucket."""

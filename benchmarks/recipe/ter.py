@@ -18,7 +18,7 @@ from benchmarks.recipe.plan import GRPO, TER, Run, Size, Start
 from benchmarks.recipe.records import Mean, Record, final, labels_of, last_third, paired, where
 from benchmarks.recipe.task import Wording
 
-STARTS = {"too low": Wording(sharpness=1.5), "right": Wording(), "too high": Wording(openers=2)}
+STARTS = {"too low": Wording(sharpness=1.5), "right": Wording(), "too high": Wording(sharpness=0.15, openers=2)}
 TARGET, NEAR = TER["entropy_target"], 0.05
 OUT_OF_REACH = 100.0
 """nats; |H - this| falls by 1 where H rises by 1, whatever H is."""
