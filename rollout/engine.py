@@ -19,7 +19,7 @@ from rollout.errors import EngineError
 from rollout.types import Sample
 from rollout.weights.source import WeightSource
 
-__all__ = ["Decoding", "Engine", "EngineError", "Generation", "Progress", "Request", "drain"]
+__all__ = ["BatchGeneration", "Decoding", "Engine", "EngineError", "Generation", "Progress", "Request", "drain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,35 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class BatchGeneration:
+    """`Generation` of an engine that does not stream: the first `poll` samples everything.
+
+    sample: (requests, decoding, progress) → their samples, in order."""
+
+    def __init__(
+        self,
+        sample: Callable[[Sequence[Request], Decoding, Progress | None], list[Sample]],
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Progress | None,
+    ) -> None:
+        self._sample, self._requests, self._decoding, self._progress = sample, requests, decoding, progress
+
+    @property
+    def done(self) -> bool:
+        return not self._requests
+
+    def add(self, requests: Sequence[Request]) -> None:
+        raise NotImplementedError("the embedded engine samples a batch at once; submit another")
+
+    def poll(self, seconds: float) -> list[tuple[int, Sample]]:  # noqa: ARG002 - it samples until it is done
+        requests, self._requests = self._requests, ()
+        return list(enumerate(self._sample(requests, self._decoding, self._progress)))
+
+    def abort(self) -> None:
+        self._requests = ()
 
 
 def drain(generation: Generation, count: int) -> list[Sample]:

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rollout.deadline import Deadline
 from rollout.decode_attention import NAME as DECODE_ATTENTION
-from rollout.engine import Decoding, EngineError, Progress, Request, drain
+from rollout.engine import BatchGeneration, Decoding, EngineError, Progress, Request, drain
 from rollout.types import Sample
-from rollout.weights.source import WeightSource
+from rollout.weights.source import WeightSource, take
 
 
 class TransformersEngine:
@@ -58,29 +58,17 @@ class TransformersEngine:
     def ready(self) -> None:
         """It always is."""
 
-    @torch.no_grad()
     def load(self, version: int, source: WeightSource) -> None:
         """See `rollout.engine.Engine.load`."""
         self._version = None
-        expected = dict(self._model.named_parameters())
-        problem = ""
-        for name, weight in source:
-            target = expected.pop(name, None)
-            if target is None:
-                problem = problem or f"weight {name!r} is not one of the engine's or came twice"
-            elif target.shape != weight.shape:
-                problem = problem or f"weight {name!r} has shape {tuple(weight.shape)}, the engine's {tuple(target.shape)}"
-            else:
-                target.copy_(weight)
-        if problem or expected:
-            raise ValueError(problem or f"weights {sorted(expected)[:3]} ({len(expected)} in all) did not come")
+        take(source, dict(self._model.named_parameters()))
         self._version = version
 
     def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> BatchGeneration:
         """See `rollout.engine.Engine.submit`. Nothing is sampled before the first `poll`."""
         if self._version is None:
             raise EngineError("the embedded engine has no complete weights: a push must come first")
-        return BatchGeneration(self, requests, decoding, progress)
+        return BatchGeneration(self.sample, requests, decoding, progress)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
         """All at once, in order."""
@@ -159,29 +147,6 @@ class TransformersEngine:
         ends = np.flatnonzero(np.isin(tokens, self._end_token_ids))
         count = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Sample(tokens[:count].copy(), logprobs[:count].copy(), "stop" if len(ends) else "length", self._version)
-
-
-class BatchGeneration:
-    """`rollout.engine.Generation`: the first `poll` samples everything."""
-
-    def __init__(
-        self, engine: TransformersEngine, requests: Sequence[Request], decoding: Decoding, progress: Progress | None
-    ) -> None:
-        self._engine, self._requests, self._decoding, self._progress = engine, requests, decoding, progress
-
-    @property
-    def done(self) -> bool:
-        return not self._requests
-
-    def add(self, requests: Sequence[Request]) -> None:
-        raise NotImplementedError("the embedded engine samples a batch at once; submit another")
-
-    def poll(self, seconds: float) -> list[tuple[int, Sample]]:  # noqa: ARG002 - it samples until it is done
-        requests, self._requests = self._requests, ()
-        return list(enumerate(self._engine.sample(requests, self._decoding, self._progress)))
-
-    def abort(self) -> None:
-        self._requests = ()
 
 
 class _EachToken(LogitsProcessor):

@@ -190,13 +190,12 @@ class Actor:
             advance(len(micro.indices))
         return self._reduce(results)
 
-    def score_micro(self, micro: MicroBatch, stage: StageConfig) -> Tensor:
-        """Fills the old log-probabilities (and the reference's); returns the entropies [R]."""
+    def score_micro(self, micro: MicroBatch, stage: StageConfig) -> None:
+        """Fills the old log-probabilities (and the reference's) and the entropies."""
         score = lambda hidden, weight: linear_logprob_entropy(hidden, weight, micro.labels_R, stage.sampling.temperature)  # noqa: E731
-        micro.old_logprob_R, entropy_R = self.policy(micro, score)
+        micro.old_logprob_R, micro.entropy_R = self.policy(micro, score)
         if stage.objective.kl_coefficient > 0:
             micro.ref_logprob_R, _ = self._reference(micro, score)
-        return entropy_R
 
     def _reduce(self, results: Sequence[PolicyLoss]) -> dict[str, float]:
         local = torch.stack([torch.stack([getattr(result, name).double() for name in SUMS]) for result in results]).sum(0)
@@ -258,13 +257,13 @@ class Scoring:
         """Scores these sequences."""
         cap = self._stage.objective.tis_cap or math.inf
         for micro in self._actor.pack(part, self._stage.actor):
-            entropy_R = self._actor.score_micro(micro, self._stage)
+            self._actor.score_micro(micro, self._stage)
             self._mismatch.add(micro.old_logprob_R, micro.sampled_logprob_R, micro.fresh_R)
             tis_R = tis_weights(micro.old_logprob_R, micro.sampled_logprob_R, cap)
             lost_R = ~micro.old_logprob_R.isfinite()
             if micro.ref_logprob_R is not None:
                 lost_R |= ~micro.ref_logprob_R.isfinite()
-            self._sums_4 += torch.stack([values_R.double().sum() for values_R in (entropy_R, tis_R, tis_R >= cap, lost_R)])
+            self._sums_4 += torch.stack([values_R.double().sum() for values_R in (micro.entropy_R, tis_R, tis_R >= cap, lost_R)])
             self._micro.append(micro)
             self._parts.append(part)
             advance(len(micro.indices))

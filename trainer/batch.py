@@ -55,7 +55,7 @@ class MiniBatch:
 class MicroBatch:
     """Packed sequences on one rank, or its share of them. T tokens in all, R of them response tokens.
 
-    `old_logprob_R` and `ref_logprob_R` (None without a KL term) are filled by scoring.
+    `old_logprob_R`, `entropy_R` and `ref_logprob_R` (None without a KL term) are filled by scoring.
     """
 
     input_ids_T: Tensor
@@ -70,10 +70,14 @@ class MicroBatch:
     fresh_R: Tensor
     """Whether `sampled_logprob_R` is of the policy that scores."""
     old_logprob_R: Tensor | None = None
+    entropy_R: Tensor | None = None
+    """Nats."""
     ref_logprob_R: Tensor | None = None
     indices: tuple[int, ...] = field(default=())
     """Which sequences of the mini-batch these are, in packed order; a sequence's R rows stand together. All of them where
     ranks share them."""
+    counts: tuple[int, ...] = field(default=())
+    """How many of the R rows are of each of these."""
 
 
 def mini_batches(groups: Sequence[Group], stage: StageConfig, step: int) -> list[MiniBatch]:
@@ -147,6 +151,7 @@ def collate(
     tokens = group.share(starts[-1]) if group else slice(0, starts[-1])
     rows_R = np.concatenate(rows)
     responses = slice(*np.searchsorted(rows_R, (tokens.start, tokens.stop)))  # rows_R rises
+    here = np.diff(np.clip(np.cumsum([0, *counts]), responses.start, responses.stop))
 
     def tensor(parts: list[np.ndarray], dtype: torch.dtype, share: slice = responses) -> Tensor:
         return torch.as_tensor(np.concatenate(parts)[share]).to(device=device, dtype=dtype)
@@ -162,6 +167,7 @@ def collate(
         sampled_logprob_R=tensor([sequence.sampled_logprobs for sequence in sequences], torch.float32),
         fresh_R=tensor([np.repeat([sequence.fresh for sequence in sequences], counts)], torch.bool),
         indices=indices,
+        counts=tuple(here[: len(indices)].tolist()),
     )
 
 

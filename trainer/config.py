@@ -1,8 +1,9 @@
 """One YAML names a run. What may stand in it, with defaults, units and the recipe's source; read and checked by `config_file.py`.
 
 The sections `data`, `sampling`, `batch`, `objective`, `recovery` and `actor` at the top level are defaults for every stage; a
-stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`, and
-`guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_guards.py. Nothing heavy is imported here.
+stage overrides single keys of them. After reading, each stage holds its sections whole. Sections `engine`, `checkpoint`,
+`samples`, and `guards`, `alarms`, `mismatch`: config_engine.py, config_checkpoint.py, config_samples.py, config_guards.py.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rollout.reward.judge.settings import address_fault
+from rollout.reward.rules import RULES
+from trainer.advantage import ADVANTAGES
 from trainer.config_checkpoint import CheckpointConfig
 from trainer.config_engine import EngineConfig
 from trainer.config_guards import AlarmsConfig, GuardsConfig, MismatchConfig
+from trainer.config_samples import SamplesConfig
 from trainer.config_secrets import NoSecrets, VariableName
 from trainer.config_section import Fraction, Positive, Section
 
@@ -112,8 +116,8 @@ class ObjectiveConfig(Section):
     """response_mean: mean over responses of each one's mean over tokens (GRPO). token_sum: sum over tokens / constant (DAPO)."""
     divisor: float | None = Field(default=None, gt=0)
     """token_sum's constant for a mini-batch; None: its number of responses × response limit, so never the batch's own lengths."""
-    advantage: Literal["grpo", "centered", "pshw"] = "grpo"
-    """grpo: (R - μ) / (std + 1e-6). centered: R - μ. pshw: (R - μ)(α μ + 1.256)."""
+    advantage: Literal[tuple(ADVANTAGES)] = "grpo"
+    """`trainer.advantage` has the formulas."""
     std_correction: Literal[0, 1] = 1
     """grpo: divisor of the variance is G minus this. The paper is silent; 1 is what other trainers compute."""
     pshw_alpha: float = -0.256
@@ -235,7 +239,7 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    rule: Literal["math-verify", "reasoning-gym"] = "math-verify"
+    rule: Literal[tuple(RULES)] = "math-verify"
     timeout_seconds: float = Field(default=10.0, gt=0)
     """For one answer."""
     batch_seconds: float | None = Field(default=None, gt=0)
@@ -332,6 +336,7 @@ class RunConfig(Section):
     mismatch: MismatchConfig = MismatchConfig()
     guards: GuardsConfig = GuardsConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    samples: SamplesConfig = SamplesConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup: WarmupConfig | None = None
@@ -375,7 +380,7 @@ class RunConfig(Section):
                     + (f" on parallel.sequence_ranks {ranks}, so {tokens}," if ranks > 1 else "")
                     + f" is smaller than context {stage.context}: one sequence must fit; raise it"
                 )
-        if self.engine.kind == "transformers" and any(stage.batch.abort_surplus for stage in self.stages):
+        if self.engine.embedded and any(stage.batch.abort_surplus for stage in self.stages):
             raise ValueError("batch.abort_surplus needs an engine that streams: set engine.kind to vllm or vllm-server")
         for kind, names in (
             ("stages", [s.name for s in self.stages]),

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from rollout.kinds import EMBEDDED, KINDS
 from trainer.config_secrets import VariableName
 from trainer.config_section import Positive, Section
 
@@ -15,12 +16,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class EngineConfig(Section):
-    """Who samples. transformers: embedded, any machine. vllm: one vLLM beside each rank, in a process of its own. vllm-server:
-    vLLM servers elsewhere (`python -m rollout.serve`)."""
+    """Who samples. transformers: embedded (`rollout.kinds`), any machine. vllm: one vLLM beside each rank, in a process of its
+    own. vllm-server: vLLM servers elsewhere (`python -m rollout.serve`)."""
 
-    kind: Literal["transformers", "vllm", "vllm-server"] = "transformers"
+    kind: Literal[KINDS] = "transformers"
     tokens_per_batch: Positive = 65536
-    """transformers: upper bound on sequences × context of one `generate` call on one rank."""
+    """embedded: upper bound on sequences × context of one `generate` call on one rank."""
     max_sequences: Positive = 256
     """Sequences decoded at once by one vLLM; of a server the ranks' shares together, so at most its --max-sequences."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
@@ -69,9 +70,13 @@ class EngineConfig(Section):
     one two. Not the paper's algorithm, in which only recovered responses are old; no importance weight corrects it but
     objective.tis_cap. Needs vllm-server, or vllm on a CPU."""
 
+    @property
+    def embedded(self) -> bool:
+        return self.kind in EMBEDDED
+
     @model_validator(mode="after")
     def _possible(self) -> EngineConfig:
-        if self.one_step_off and self.kind == "transformers":
+        if self.one_step_off and self.embedded:
             raise ValueError("one_step_off needs an engine that samples beside the trainer: kind vllm-server, or vllm on a CPU")
         if self.score_early and self.one_step_off:
             raise ValueError("score_early and one_step_off exclude each other: the weights that score do not exist yet")

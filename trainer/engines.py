@@ -12,8 +12,8 @@ import torch
 
 from rollout.engine import Engine
 from rollout.errors import InputError
+from rollout.kinds import embedded_class
 from rollout.ranks import Ranks
-from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
 from rollout.vllm.engine import Deadlines, VllmEngine
 from rollout.vllm.group import GroupMember
@@ -29,7 +29,7 @@ from trainer.policy import load_causal_lm
 PROBE_TOKENS = 160
 """More than the 128 of a CPU engine's cache block."""
 SHORT_PROBE_TOKENS = 32
-"""For the embedded engine, which has no prefix cache."""
+"""For an embedded engine, which has no prefix cache."""
 PROBE_NEW_TOKENS = 8
 
 
@@ -46,7 +46,7 @@ def build_engine(
         return _colocated(config, ranks, device, dtype, end_token_ids)
     if config.engine.kind == "vllm-server":
         return _servers(config, ranks, device, dtype, end_token_ids, note)
-    return TransformersEngine(
+    return embedded_class(config.engine.kind)(
         load_causal_lm(config.model.path, dtype, attention="sdpa").to(device),
         end_token_ids=end_token_ids,
         tokens_per_batch=config.engine.tokens_per_batch,
@@ -58,9 +58,7 @@ def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
     """Fits the shortest context of the run."""
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
     exact = dtype is torch.float32 and config.engine.wire == "engine"
-    length = min(
-        SHORT_PROBE_TOKENS if config.engine.kind == "transformers" else PROBE_TOKENS, config.max_tokens - PROBE_NEW_TOKENS
-    )
+    length = min(SHORT_PROBE_TOKENS if config.engine.embedded else PROBE_TOKENS, config.max_tokens - PROBE_NEW_TOKENS)
     bound = config.engine.probe_bound or (1e-3 if exact else 0.5)
     return replace(Probe.of(model["vocab_size"], length, bound), new_tokens=PROBE_NEW_TOKENS)
 

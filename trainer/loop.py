@@ -35,6 +35,7 @@ from trainer.metrics import MetricsWriter, train_rows
 from trainer.mismatch import bounded, bounds_of, mismatch_row
 from trainer.preflight import Inputs, source_key
 from trainer.quarantine import Quarantine
+from trainer.sample_recorder import SampleRecorder
 from trainer.setup import Parts
 from trainer.step_row import step_row, unjudged_note
 
@@ -56,6 +57,7 @@ class TrainingLoop:
         self.bounds = bounds_of(config, parts.precision)
         together = config.parallel.sequence_ranks
         self.quarantine = Quarantine(config.run, config.guards.keep, ranks, together, console.note)
+        self.samples = SampleRecorder(config, ranks, parts.reader, console.note)
         self.guard = Guard(config.guards, str(self.quarantine.folder), console.note)
         self.alarms = Alarms(config.alarms, config.stages, console.note, console.alarms)
         self.ahead = Lookahead(ranks.pulse.stir)
@@ -108,6 +110,8 @@ class TrainingLoop:
         self.guard.see(step + 1, [update.fault for update in updates])
         self.quarantine.keep(step + 1, collected.batch, scored, updates)
         clock.lap("update")
+        self.samples.keep(step + 1, collected, kept.buffer, scored)
+        clock.lap("samples")
         lost = None if self.config.engine.one_step_off else self.try_push(step + 1)
         clock.lap("sync")
         if self.ranks.first:
@@ -294,6 +298,7 @@ class TrainingLoop:
         if self.ranks.first:
             self.restore(state)
             self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
+            self.samples.resume(state.step)
             past = train_rows(self.config.run)
             self.guard.recall(past)
             self.alarms.recall(past)

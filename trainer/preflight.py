@@ -81,7 +81,7 @@ def check_engine(config: RunConfig) -> None:
             f"({config.model.path}/config.json); set it to a divisor"
         )
     positions = longest_context(model)
-    if config.engine.kind != "transformers" and positions and config.max_tokens > positions:
+    if not config.engine.embedded and positions and config.max_tokens > positions:
         raise InputError(
             f"{config.model.path}/config.json: max_position_embeddings: {positions} is less than the {config.max_tokens} tokens "
             "of the run's longest context or evaluation; lower stages[].context or evaluation.max_new_tokens"

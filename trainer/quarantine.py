@@ -10,7 +10,6 @@ Written as step-000123-mini-0.tmp and renamed. Only the newest are kept. `read_b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 from rollout.ranks import Ranks
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, UpdateResult
-from trainer.batch import TokenSequence
 from trainer.checkpoint_state import pack_groups, unpack_groups
+from trainer.token_values import gathered, key_of
 
 FOLDER = "quarantine"
 FORMAT = 1
@@ -59,11 +58,11 @@ class Quarantine:
         for at, (batch, update) in enumerate(zip(scored, updates, strict=True)):
             if not update.skipped:
                 continue
-            parts = self._ranks.gather([_recomputed(batch, index) for index in range(len(batch.micro))])
+            recomputed = gathered(self._ranks, self._together, [batch], lambda micro: micro.old_logprob_R)
             if self._ranks.first:
                 facts = _facts(step, at, update)
                 try:
-                    self._write(facts, groups[at * size : (at + 1) * size], batch, _joined(parts, self._together))
+                    self._write(facts, groups[at * size : (at + 1) * size], batch, recomputed)
                 except OSError as error:
                     self._note(f"step {step}: the skipped mini-batch could not be kept in {self.folder} ({error.strerror})")
 
@@ -74,7 +73,8 @@ class Quarantine:
         sequences = iter(batch.whole.sequences)
         for g, group in enumerate(groups):
             for k in range(len(group.samples)):
-                arrays[f"{g}.{k}.recomputed"] = recomputed[_key(sequence := next(sequences))]
+                sequence = next(sequences)
+                arrays[f"{g}.{k}.recomputed"] = recomputed[key_of(sequence.prompt, sequence.response)]
                 records[g].setdefault("advantages", []).append(sequence.advantage)
         final = self.folder / f"step-{facts['step']:06d}-mini-{facts['mini_batch']}"
         beside = final.with_name(final.name + ".tmp")
@@ -120,33 +120,3 @@ def _facts(step: int, at: int, update: UpdateResult) -> dict[str, Any]:
     }
     facts = {"format": FORMAT, "reason": update.fault, "step": step, "mini_batch": at, "weight_version": step - 1}
     return facts | {name: value if math.isfinite(value) else repr(value) for name, value in measured.items()}
-
-
-def _recomputed(batch: ScoredMiniBatch, index: int) -> tuple[list[bytes], list[int], np.ndarray]:
-    """(keys of a micro-batch's sequences, their response lengths, this rank's share of their log-probabilities)."""
-    micro = batch.micro[index]
-    sequences = [batch.parts[index].sequences[place] for place in micro.indices]
-    return (
-        [_key(each) for each in sequences],
-        [len(each.response) for each in sequences],
-        micro.old_logprob_R.float().cpu().numpy(),
-    )
-
-
-def _joined(ranks: list[list[tuple[list[bytes], list[int], np.ndarray]]], together: int) -> dict[bytes, np.ndarray]:
-    """Key → log-probabilities [n] of each sequence. Two equal sequences have the same ones but for the order of sums."""
-    found: dict[bytes, np.ndarray] = {}
-    for first in range(0, len(ranks), together):
-        for shares in zip(*ranks[first : first + together], strict=True):
-            keys, lengths, _ = shares[0]
-            whole = np.concatenate([logprobs for _, _, logprobs in shares])
-            parts = np.split(whole, np.cumsum(lengths)[:-1]) if lengths else []
-            found |= {key: np.ascontiguousarray(part) for key, part in zip(keys, parts, strict=True)}
-    return found
-
-
-def _key(sequence: TokenSequence) -> bytes:
-    digest = hashlib.sha256(len(sequence.prompt).to_bytes(4, "little"))
-    for tokens in (sequence.prompt, sequence.response):
-        digest.update(np.ascontiguousarray(tokens, dtype=np.int32).tobytes())
-    return digest.digest()

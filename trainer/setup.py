@@ -17,6 +17,7 @@ from rollout.reward.judge.verifier import JudgeVerifier
 from rollout.reward.pipeline import Reward
 from rollout.reward.repetition import RepetitionLimits
 from rollout.reward.rule import RuleVerifier, batch_time
+from rollout.reward.tokens import Reader, reader_of
 from rollout.sampler import Sampler
 from rollout.weights.sync import WeightSync
 from trainer.actor import Actor
@@ -40,6 +41,7 @@ class Parts:
     engine: Engine
     sync: WeightSync
     sampler: Sampler
+    reader: Reader
     correctness: Correctness
     judge: JudgeVerifier | None
     device: torch.device
@@ -75,12 +77,14 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     end_token_ids = end_tokens(config.model.path, tokenizer)
     precision = precision_of(config.model, device)
     engine = build_engine(config, ranks, device, precision, end_token_ids, console.note)
+    reader = reader_of(tokenizer)
     reward = Reward(
         correctness,
         tokenizer,
         prefill=config.template.prefill,
         end_token_ids=end_token_ids,
         repetition=RepetitionLimits(**config.reward.repetition.model_dump()),
+        reader=reader,
     )
     actor = build_actor(config, ranks, mesh, device)
     sync = WeightSync(
@@ -112,7 +116,7 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         stopping=watch.stopping,
         judge_seconds=lambda outputs: judge_seconds(config, outputs),
     )
-    return Parts(actor, engine, sync, sampler, correctness, judge, device, precision)
+    return Parts(actor, engine, sync, sampler, reader, correctness, judge, device, precision)
 
 
 def judge_seconds(config: RunConfig, outputs: int) -> float:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 FORWARD, BACKWARD, BOTH, BOTH_INPLACE = "forward", "backward", "forward+backward", "forward+backward in place"
+TOKENWISE = {"clipped_policy_loss": 4 * (4 + 1 + 2)}
+"""Operations of log-probabilities [T] in fp32 that end in one loss (`benchmarks.kernels.tokenwise`), and the fewest bytes a token
+through memory, forward and backward. clipped_policy_loss reads four vectors and writes one, and its backward scales that one."""
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "logprob_entropy": (FORWARD, BACKWARD, BOTH, BOTH_INPLACE),
     "linear_logprob_entropy": (FORWARD, BOTH),
-    "clipped_policy_loss": (BOTH,),
+    **dict.fromkeys(TOKENWISE, (BOTH,)),
     "linear_policy_loss": (BOTH,),
     "policy_loss_from_logits": (BOTH, BOTH_INPLACE),
     "repetition": (FORWARD,),
@@ -51,6 +54,10 @@ class Case:
         return self.operation in ("logprob_entropy", "policy_loss_from_logits")
 
     @property
+    def is_tokenwise(self) -> bool:
+        return self.operation in TOKENWISE
+
+    @property
     def with_gradient(self) -> bool:
         return self.mode != FORWARD
 
@@ -71,11 +78,11 @@ def bytes_to_move(case: Case) -> int | None:
     """Fewest bytes through memory; None where arithmetic is the floor (linear) or where it is no matter of memory (repetition).
 
     Logits of b bytes an element, per-token values of 4 (labels of 8): forward reads T·V·b; backward reads and writes T·V·b, in
-    place or not; both, 3·T·V·b. clipped_policy_loss reads four vectors and writes one, and its backward scales that one.
+    place or not; both, 3·T·V·b.
     """
     tokens, table = case.tokens, case.tokens * case.vocabulary * case.item_bytes
-    if case.operation == "clipped_policy_loss":
-        return 4 * tokens * (4 + 1 + 2)
+    if case.is_tokenwise:
+        return tokens * TOKENWISE[case.operation]
     if not case.takes_logits:
         return None
     per_token = {FORWARD: 8 + 2 * 4, BACKWARD: 8 + 6 * 4}
@@ -128,12 +135,12 @@ def grid(effort: str, device: str) -> list[Case]:
     if device == "cpu":
         return _cpu_grid(effort)
     if effort == "quick":
-        return [*_logits(1024, SMALL), *_linear(1024, SMALL, 896), _clipped(16_384), _repetition()]
-    cases = [*_logits(8192, QWEN), _policy(16_384), _clipped(16_384), *_linear(16_384, QWEN, 5120)[:2]]
+        return [*_logits(1024, SMALL), *_linear(1024, SMALL, 896), *_tokenwise(16_384), _repetition()]
+    cases = [*_logits(8192, QWEN), _policy(16_384), *_tokenwise(16_384), *_linear(16_384, QWEN, 5120)[:2]]
     for tokens in (4096, 8192):
         cases += [*_linear(tokens, QWEN, 5120), *_logits(tokens, QWEN)]
     for tokens in (16_384, 2048, 1024, 512, 32_768, 65_536):
-        cases += [*_logits(tokens, QWEN), *_linear(tokens, QWEN, 5120), _clipped(tokens)]
+        cases += [*_logits(tokens, QWEN), *_linear(tokens, QWEN, 5120), *_tokenwise(tokens)]
     cases += [*_logits(8192, QWEN, "float32"), _repetition()]
     for vocabulary in (LLAMA, SMALL):
         cases += [*_logits(8192, vocabulary), *_linear(8192, vocabulary, 5120)]
@@ -144,18 +151,18 @@ def grid(effort: str, device: str) -> list[Case]:
 def _cpu_grid(effort: str) -> list[Case]:
     if effort == "quick":
         linear = [*_linear(64, SMALL, 896, "float32"), *_linear(64, 8192, 256)]
-        return [*_logits(64, QWEN), _repetition(), _clipped(16_384), *linear]
+        return [*_logits(64, QWEN), _repetition(), *_tokenwise(16_384), *linear]
     cases = [
         *_logits(512, QWEN),
         _repetition(),
-        _clipped(16_384),
+        *_tokenwise(16_384),
         *_linear(512, SMALL, 896, "float32"),
         *_linear(512, SMALL, 896),
     ]
     for tokens in (1024, 2048):
-        cases += [*_logits(tokens, QWEN), *_linear(tokens, SMALL, 896, "float32"), _clipped(tokens)]
+        cases += [*_logits(tokens, QWEN), *_linear(tokens, SMALL, 896, "float32"), *_tokenwise(tokens)]
     cases += [*_logits(512, QWEN, "float32"), *_logits(512, LLAMA), *_logits(512, SMALL), *_linear(512, QWEN, 896, "float32")]
-    return list(dict.fromkeys([*cases, _clipped(65_536)]))
+    return list(dict.fromkeys([*cases, *_tokenwise(65_536)]))
 
 
 def _logits(tokens: int, vocabulary: int, dtype: str = "bfloat16") -> list[Case]:
@@ -172,8 +179,8 @@ def _policy(tokens: int) -> Case:
     return _linear(tokens, QWEN, 5120)[2]
 
 
-def _clipped(tokens: int) -> Case:
-    return Case("clipped_policy_loss", BOTH, tokens, dtype="float32")
+def _tokenwise(tokens: int) -> list[Case]:
+    return [Case(operation, BOTH, tokens, dtype="float32") for operation in TOKENWISE]
 
 
 def _repetition() -> Case:

@@ -24,6 +24,7 @@ class Gradient(Enum):
     NLL = "gradient of the mean loss"
     POLICY_ENTROPY = "gradient of policy loss and entropy"
     POLICY = "gradient of the policy loss"
+    LOSS = "gradient of the loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,12 @@ class Contender:
     def gradient(self, case: Case) -> Gradient:
         if not case.with_gradient:
             return Gradient.NONE
+        if case.is_tokenwise:
+            return Gradient.LOSS
         return Gradient.POLICY_ENTROPY if "policy" in case.operation else Gradient.PAIR
 
     def values(self, case: Case) -> str:
-        return "loss" if "policy" in case.operation else "logprob, entropy"
+        return "loss" if "policy" in case.operation or case.is_tokenwise else "logprob, entropy"
 
     def returns(self, case: Case) -> str:
         return f"{self.values(case)}; {self.gradient(case).value}"

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import kernels
 from benchmarks.kernels.cases import BOTH, BOTH_INPLACE, FORWARD, OPERATIONS, Case
-from benchmarks.kernels.contender import Contender, Function, Gradient, Outputs, Prepared, drive
+from benchmarks.kernels.contender import Contender, Function, Outputs, Prepared, drive
 from benchmarks.kernels.inputs import CLIP_HIGH, CLIP_LOW, Inputs
+from benchmarks.kernels.tokenwise import TOKENWISE_LOSSES, clipped
 from kernels import backend
-from kernels.clipped_policy_loss import clipped_policy_loss
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.linear_policy_loss import PolicyLossInputs, linear_policy_loss
 from kernels.logprob_entropy import logprob_entropy
@@ -51,19 +51,17 @@ class Keju(Contender):
             case.operation, super().values(case)
         )
 
-    def gradient(self, case: Case) -> Gradient:
-        return Gradient.POLICY if case.operation == "clipped_policy_loss" else super().gradient(case)
-
     def working_bytes(self, case: Case) -> int:
         if self._forced == "reference" or not case.is_linear:
             return (32 if self._forced == "reference" else 0) * case.tokens * case.vocabulary
         return 3 << 30
 
     def function(self, case: Case, inputs: Inputs) -> Function:
+        if case.is_tokenwise:
+            return lambda logprob: Outputs(loss=TOKENWISE_LOSSES[case.operation].ours(inputs, logprob))
         return {
             "logprob_entropy": self._logprob_entropy,
             "linear_logprob_entropy": self._linear_logprob_entropy,
-            "clipped_policy_loss": self._clipped_policy_loss,
             "linear_policy_loss": self._linear_policy_loss,
             "policy_loss_from_logits": self._policy_loss_from_logits,
         }[case.operation](case, inputs)
@@ -101,16 +99,12 @@ class Keju(Contender):
         return lambda hidden, weight: Outputs(*linear_logprob_entropy(hidden, weight, inputs.labels_T))
 
     @staticmethod
-    def _clipped_policy_loss(_case: Case, inputs: Inputs) -> Function:
-        return lambda logprob: Outputs(loss=_clipped(inputs, logprob))
-
-    @staticmethod
     def _policy_loss_from_logits(case: Case, inputs: Inputs) -> Function:
         inplace = case.mode == BOTH_INPLACE
 
         def run(logits: Tensor) -> Outputs:
             logprob, entropy = logprob_entropy(logits, inputs.labels_T, inplace_backward=inplace)
-            return Outputs(logprob, entropy, _clipped(inputs, logprob) + inputs.entropy_weight * entropy.sum())
+            return Outputs(logprob, entropy, clipped(inputs, logprob) + inputs.entropy_weight * entropy.sum())
 
         return run
 
@@ -163,12 +157,6 @@ def chosen(case: Case, device: torch.device) -> str:
     if case.operation == "repetition":
         return "native" if backend.has_native() else "NumPy"
     return backend.choose(device.type, case.dtype)
-
-
-def _clipped(inputs: Inputs, logprob_T: Tensor) -> Tensor:
-    return clipped_policy_loss(
-        logprob_T, inputs.old_logprob_T, inputs.advantage_T, inputs.weight_T, clip_low=CLIP_LOW, clip_high=CLIP_HIGH
-    ).loss
 
 
 def _worst_repetition(inputs: Inputs) -> Callable[[], Outputs]:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from benchmarks.kernels.cases import BOTH, FORWARD, OPERATIONS, Case
 from benchmarks.kernels.contender import Contender, Function, Gradient, Outputs, policy_loss_of
 from benchmarks.kernels.inputs import Inputs
+from benchmarks.kernels.tokenwise import TOKENWISE_LOSSES
 
 
 def logprob_entropy(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,16 +27,13 @@ class Eager(Contender):
     def values(self, case: Case) -> str:
         return "loss, statistics" if case.operation == "clipped_policy_loss" else super().values(case)
 
-    def gradient(self, case: Case) -> Gradient:
-        return Gradient.POLICY if case.operation == "clipped_policy_loss" else super().gradient(case)
-
     def working_bytes(self, case: Case) -> int:
         # Logits in their dtype, then in fp32: log_softmax, its exponential, their product, and the gradients of two of these.
         return 28 * case.tokens * case.vocabulary
 
     def function(self, case: Case, inputs: Inputs) -> Function:
-        if case.operation == "clipped_policy_loss":
-            return lambda logprob: Outputs(loss=policy_loss_of(inputs, logprob, None))
+        if case.is_tokenwise:
+            return lambda logprob: Outputs(loss=TOKENWISE_LOSSES[case.operation].definition(inputs, logprob))
         linear, with_policy = case.is_linear, "policy" in case.operation
 
         def run(*leaves: Tensor) -> Outputs:

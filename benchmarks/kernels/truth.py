@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.kernels import plain
 from benchmarks.kernels.contender import Gradient, Outputs
 from benchmarks.kernels.inputs import CLIP_HIGH, CLIP_LOW, Inputs, row_chunks
+from benchmarks.kernels.tokenwise import TOKENWISE_LOSSES
 from kernels import reference
 
 ROWS = {"cpu": 64, "cuda": 512}
@@ -61,8 +62,8 @@ class Truth:
 
     def of(self, gradient: Gradient) -> Exact:
         if gradient not in self._known:
-            one = self.inputs.case.operation == "clipped_policy_loss"
-            self._known[gradient] = _exact_policy(self.inputs) if one else _exact(self.inputs, self.sample, gradient)
+            one = self.inputs.case.is_tokenwise
+            self._known[gradient] = _exact_tokenwise(self.inputs) if one else _exact(self.inputs, self.sample, gradient)
         return self._known[gradient]
 
     def errors(self, outputs: Outputs, gradient: Gradient) -> dict[str, float]:
@@ -143,9 +144,10 @@ def _policy(inputs: Inputs, rows: Tensor | slice, logprob: Tensor) -> reference.
     return reference.clipped_policy_loss(logprob, *parts, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
-def _exact_policy(inputs: Inputs) -> Exact:
-    result = _policy(inputs, slice(None), inputs.logprob_T.double())
-    return Exact(loss=result.loss, d_logprob_T=result.d_logprob_T)
+def _exact_tokenwise(inputs: Inputs) -> Exact:
+    logprob_T = inputs.logprob_T.double().requires_grad_()
+    loss = TOKENWISE_LOSSES[inputs.case.operation].definition(inputs, logprob_T)
+    return Exact(loss=loss.detach(), d_logprob_T=torch.autograd.grad(loss, logprob_T)[0])
 
 
 def _exact(inputs: Inputs, sample: Sample, gradient: Gradient) -> Exact:

@@ -24,6 +24,7 @@ from rollout.errors import EngineError, InputError
 from rollout.evaluate.benchmarks import KNOWN, Benchmark, load, parse_names
 from rollout.evaluate.record import RESULTS, TABLE, Record, write_text
 from rollout.evaluate.template import Template, read_template
+from rollout.kinds import KINDS
 from rollout.model_folder import check_model_folder, end_tokens, fingerprint, is_quantized, load_tokenizer, longest_context
 from rollout.template import encode_prompt
 
@@ -320,7 +321,7 @@ def parser() -> Parser:
     add("--max-new-tokens", type=_count, default=32768, metavar="N")
     add("--greedy", action="store_true", help="the likeliest token each time, one output a question")
     add("--seed", type=_seed, default=0)
-    add("--engine", choices=("transformers", "vllm", "vllm-server"), default="transformers")
+    add("--engine", choices=KINDS, default="transformers")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--server", action="append", default=[], metavar="URL", help="of vllm-server (`python -m rollout.serve`); once for each")
     add("--sync-host", metavar="HOST", help="this host, as servers elsewhere reach it")

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from rollout.engine import Engine
+from rollout.kinds import embedded_class
 from rollout.model_folder import is_quantized, load_causal_lm
 from rollout.ranks import Ranks
-from rollout.transformers_engine import TransformersEngine
 from rollout.vllm.child import VllmChild
 from rollout.vllm.engine import Deadlines, StoredVllmEngine, VllmEngine
 from rollout.vllm.server_engine import ServerEngine
@@ -95,7 +95,7 @@ def build(
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         policy = load_causal_lm(model, dtype, attention="sdpa").to(device)
-        engine = TransformersEngine(policy, end_token_ids=end_token_ids, tokens_per_batch=options.tokens_per_batch)
+        engine = embedded_class(options.kind)(policy, end_token_ids=end_token_ids, tokens_per_batch=options.tokens_per_batch)
     return engine, WeightSync(engine, weights, Ranks(), seconds=options.sync_seconds, note=note)
 
 

@@ -20,6 +20,7 @@ from rollout.reward.judge.verifier import JudgeVerifier, check_endpoint
 from rollout.reward.outputs import find_fields, read_outputs
 from rollout.reward.repetition import RepetitionLimits
 from rollout.reward.rule import RuleVerifier
+from rollout.reward.rules import RULES
 from rollout.reward.scores import score, verdict_file, write
 
 PREFILL = "<think>\n"
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--format", choices=("r1", "none"), default="r1", help="none: outputs without think and answer tags")
     made.add_argument("--prefill", default=PREFILL, help="what the prompts ended with (default: <think> and a line break)")
-    made.add_argument("--rule", choices=("math-verify", "reasoning-gym"), default="math-verify")
+    made.add_argument("--rule", choices=tuple(RULES), default="math-verify")
     made.add_argument("--workers", type=int, default=2, help="verifier processes (default: 2)")
     made.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="hard limit for one answer (default: 10)")
     made.add_argument(

@@ -39,6 +39,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from rollout.errors import InputError
 from rollout.reward import rule_worker
+from rollout.reward.rules import RULES
 from rollout.reward.spawn import MainlessSpawn
 from rollout.types import Prompt, Verdict
 
@@ -70,18 +71,18 @@ class RuleVerifier:
     def __init__(
         self, kind: str, workers: int, timeout_seconds: float, *, batch_seconds: float | None = None, cache_size: int = 65536
     ) -> None:
-        """kind: "math-verify", or "reasoning-gym" (the prompt's metadata is reasoning-gym's entry, or its metadata with
+        """kind: of `rollout.reward.rules.RULES` (for "reasoning-gym" the prompt's metadata is its entry, or its metadata with
         source_dataset). timeout_seconds: for one answer, from its start in a worker. batch_seconds: for one `verify`, once a
         worker has started; None: timeout_seconds, and ANSWER_SECONDS for each answer on one worker.
         The workers start at once, and load their scorer beside whatever the caller does next.
 
         Raises InputError for an unknown kind, a missing package, no workers, no time.
         """
-        if kind not in rule_worker.SCORERS:
-            close = difflib.get_close_matches(kind, rule_worker.SCORERS, n=1, cutoff=0.0)
+        if kind not in RULES:
+            close = difflib.get_close_matches(kind, RULES, n=1, cutoff=0.0)
             raise InputError(f"reward.rule: {kind!r} is no rule; the nearest is {close[0]!r}")
-        package = rule_worker.SCORERS[kind]
-        if importlib.util.find_spec(package) is None:
+        package = RULES[kind].package
+        if package is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"reward.rule: {kind!r} needs the package {package}; pip install {package.replace('_', '-')}")
         if workers < 1:
             raise InputError(f"reward.workers: {workers} is too few; give it 1 or more")
@@ -221,7 +222,7 @@ class RuleVerifier:
         return outcomes
 
     def _job(self, prompt: Prompt, answer: str) -> rule_worker.Job:
-        return prompt.answer, answer, _entry(prompt) if self._kind == "reasoning-gym" else {}
+        return prompt.answer, answer, _entry(prompt) if RULES[self._kind].by_entry else {}
 
 
 def batch_time(answers: int, workers: int, timeout_seconds: float) -> float:
@@ -235,8 +236,8 @@ def _suspicion(answer: str) -> tuple[int, int]:
 
 
 def _key(kind: str, prompt: Prompt, answer: str) -> bytes:
-    """Equal keys, equal verdicts. reasoning-gym judges by the puzzle, so its metadata belongs to the key."""
-    content = [kind, prompt.answer, answer, prompt.metadata if kind == "reasoning-gym" else None]
+    """Equal keys, equal verdicts. Where the rule looks at the entry, the metadata belongs to the key."""
+    content = [kind, prompt.answer, answer, prompt.metadata if RULES[kind].by_entry else None]
     try:
         text = json.dumps(content, sort_keys=True, default=repr)
     except TypeError:  # JSON has no tuples for keys, and no order of 1 and "1"

@@ -1,4 +1,4 @@
-"""A sampled output as text, and its thinking and answer as tokens.
+"""A sampled output as text, where in it each token stands, and its thinking and answer as tokens.
 
 Plainly: decode the tokens, and tokenise the two blocks' texts again. That costs some 60 ms for 16K tokens, nearly all of it the
 second tokenisation, and measures tokens that were not sampled. A byte-level tokenizer (GPT-2's kind: Qwen, Llama 3, SmolLM)
@@ -9,6 +9,7 @@ Qwen's): a token that is not wholly between the tags is no block's.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,8 @@ from rollout.reward.format import Response, parse_response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_BYTES = 4
+"""Of a character in UTF-8."""
 _TAGS = {"thinking": (b"<think>", b"</think>"), "answer": (b"<answer>", b"</answer>")}
 
 
@@ -38,6 +41,11 @@ class Reading(Protocol):
 
     def blocks(self, prefill: str) -> dict[str, np.ndarray]:
         """ "thinking" and "answer" → token ids, int32. `parse_response` has found that prefill and `text` are in the format."""
+        ...
+
+    def character_ends(self) -> list[int] | None:
+        """[n]: where in `text` the characters of each token end. A token that is a part of a character ends behind it. None where
+        the text is not what the tokens give one after the other: some tokenizers mend it as a whole."""
         ...
 
 
@@ -68,8 +76,7 @@ class PlainReader:
     def read(self, token_ids: np.ndarray) -> Reading:
         _check(token_ids)
         tokenizer = self._tokenizer
-        text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return _PlainReading(text, token_ids, tokenizer)
+        return _PlainReading(_decoded(tokenizer, token_ids.tolist()), token_ids, tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,22 @@ class _PlainReading:
         response = parse_response(self.text, prefill)
         assert isinstance(response, Response)
         return {"thinking": self._encode(response.thinking), "answer": self._encode(response.answer)}
+
+    def character_ends(self) -> list[int] | None:
+        """What a token adds to those before it, the last few of which are decoded with it: a space may depend on them."""
+        ids, ends, end = self.token_ids.tolist(), [], 0
+        first = settled = 0  # ids[first:settled] are those few
+        for stop in range(1, len(ids) + 1):
+            now = _decoded(self.tokenizer, ids[first:stop])
+            if now.endswith("\ufffd") and stop < len(ids) and stop - settled < _MOST_BYTES:
+                continue  # the rest of the character may follow
+            added = now[len(_decoded(self.tokenizer, ids[first:settled])) :]
+            if not self.text.startswith(added, end):
+                return None
+            end += len(added)
+            ends += [end] * (stop - settled)
+            first, settled = settled, stop
+        return ends if end == len(self.text) else None
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
@@ -129,6 +152,15 @@ class _ByteReading:
             for name, (start, stop) in _TAGS.items()
         }
 
+    def character_ends(self) -> list[int]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        characters, ends = 0, []
+        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
+            characters += len(decoder.decode(self.raw[begin:end]))
+            unfinished, _ = decoder.getstate()
+            ends.append(characters + bool(unfinished))
+        return ends
+
     def _within(self, judged: bytes, start: int, stop: int, offset: int) -> np.ndarray:
         """The tokens wholly within judged[start:stop], without those of the white space at its ends, and without those that stand
         for nothing: a loop with such ids in it is a loop. `raw` begins at offset."""
@@ -139,6 +171,10 @@ class _ByteReading:
         first = max(np.searchsorted(self.begins, start - offset), np.searchsorted(self.ends, text_start - offset, side="right"))
         last = min(np.searchsorted(self.ends, stop - offset, side="right"), np.searchsorted(self.begins, text_stop - offset))
         return self.token_ids[first:last][self.begins[first:last] < self.ends[first:last]]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _check(token_ids: np.ndarray) -> None:

@@ -33,6 +33,25 @@ class WeightSource(Protocol):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+@torch.no_grad()
+def take(source: WeightSource, parameters: dict[str, Tensor]) -> None:
+    """Copies whole weights into an engine's parameters, by name, for `rollout.engine.Engine.load` of a model in this process.
+
+    Iterates to the end whatever comes. Raises ValueError for a name or shape that does not fit or is missing; the parameters are
+    then part new, part old."""
+    expected, problem = dict(parameters), ""
+    for name, weight in source:
+        target = expected.pop(name, None)
+        if target is None:
+            problem = problem or f"weight {name!r} is not one of the engine's or came twice"
+        elif target.shape != weight.shape:
+            problem = problem or f"weight {name!r} has shape {tuple(weight.shape)}, the engine's {tuple(target.shape)}"
+        else:
+            target.copy_(weight)
+    if problem or expected:
+        raise ValueError(problem or f"weights {sorted(expected)[:3]} ({len(expected)} in all) did not come")
+
+
 def layers(metadata: list[TensorMeta]) -> list[list[TensorMeta]]:
     """Consecutive tensors of one decoder layer together, each of the others (embedding, norm, head) alone: what may not be
     torn apart in a transfer, and the most that is whole at a time."""

@@ -20,10 +20,9 @@ def score(self, collected, batches, stage, step, *arguments):
 
 
 def score_micro(self, micro, stage):
-    entropy_R = plain_micro(self, micro, stage)
+    plain_micro(self, micro, stage)
     if now in STEPS and len(micro.old_logprob_R):
         micro.old_logprob_R[0] = math.nan
-    return entropy_R
 
 
 if os.environ["RANK"] == "1":

@@ -172,6 +172,7 @@ def mutate_tree(tree, chance: random.Random):
         names = [
             "guards",
             "alarms",
+            "samples",
             "engine",
             "reward",
             "judge",

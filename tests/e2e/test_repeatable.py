@@ -1,7 +1,8 @@
 """A run that was stopped at any point and started again is, bit for bit, the run that was never stopped.
 
 Compared are the metrics rows without what the clock says: rewards, losses, entropies, gradient norms and the ledger of prompts,
-so a lost cursor, a lost buffer, a lost moment of the optimizer or a seed that drifts shows in the next row.
+so a lost cursor, a lost buffer, a lost moment of the optimizer or a seed that drifts shows in the next row; and what is kept of
+each step's samples, byte for byte.
 
 A stop after step k is the folder as it was then: the checkpoints of later steps are taken away, the metrics keep their later
 rows, as after a kill they may. One test kills with SIGKILL. All runs here are on CPU; on a GPU equality is not promised.
@@ -26,6 +27,14 @@ STEPS = 7
 
 def rows_of(run):
     return [comparable(row) for row in read_metrics(run)]
+
+
+def samples_of(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "samples").iterdir())}
+
+
+def same(run, whole):
+    return rows_of(run) == rows_of(whole) and samples_of(run) == samples_of(whole)
 
 
 def train(config_path):
@@ -89,7 +98,8 @@ def test_the_same_seed_twice(tiny, whole):
     check_that_the_run_exercises_what_it_should(whole)
     again = whole.with_name("again")
     train(write_config(tiny, again))
-    assert rows_of(again) == rows_of(whole)
+    assert same(again, whole)
+    assert len(samples_of(again)) == STEPS
     other = whole.with_name("other")
     train(write_config(tiny, other, ("seed: 3", "seed: 4"), ("steps: 2\n    context: 40", "steps: 1\n    context: 40")))
     assert rows_of(other)[1]["step"] == 1
@@ -100,13 +110,13 @@ def test_the_same_seed_twice(tiny, whole):
 def test_a_stop_changes_nothing(tiny, whole, step):
     config_path = stopped_after(step, whole, tiny, f"stopped{step}")
     train(config_path)
-    assert rows_of(load_config(config_path).run) == rows_of(whole)
+    assert same(load_config(config_path).run, whole)
 
 
 def test_a_finished_run_started_again_stays_as_it_is(tiny, whole):
     config_path = stopped_after(STEPS, whole, tiny, "finished")
     train(config_path)
-    assert rows_of(load_config(config_path).run) == rows_of(whole)
+    assert same(load_config(config_path).run, whole)
 
 
 def test_a_kill_changes_nothing(tiny, whole, capsys):
@@ -124,7 +134,7 @@ def test_a_kill_changes_nothing(tiny, whole, capsys):
     capsys.readouterr()
     train(config_path)
     assert "continuing after step" in capsys.readouterr().out
-    assert rows_of(run) == rows_of(whole)
+    assert same(run, whole)
 
 
 @pytest.mark.parametrize("damaged", ["a shard", "state.json", "manifest.json"])
@@ -182,7 +192,7 @@ def test_a_stop_changes_nothing_on_two_ranks(tiny, whole_on_two_ranks):
     check_that_the_run_exercises_what_it_should(whole_on_two_ranks)
     config_path = stopped_after(INSIDE_STAGE_2, whole_on_two_ranks, tiny, "stopped")
     train_on_two_ranks(config_path)
-    assert rows_of(load_config(config_path).run) == rows_of(whole_on_two_ranks)
+    assert same(load_config(config_path).run, whole_on_two_ranks)
 
 
 def test_an_interrupt_ends_every_rank_with_a_checkpoint(tiny, whole_on_two_ranks):
@@ -204,7 +214,7 @@ def test_an_interrupt_ends_every_rank_with_a_checkpoint(tiny, whole_on_two_ranks
         os.kill(first_rank, 0)
     assert not (run / f"checkpoints/step-{STEPS:06d}").exists(), "interrupted too late to show anything"
     train_on_two_ranks(config_path)
-    assert rows_of(run) == rows_of(whole_on_two_ranks)
+    assert same(run, whole_on_two_ranks)
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(tiny, whole_on_two_ranks):

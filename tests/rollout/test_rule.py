@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from rollout.errors import InputError
-from rollout.reward import confine, rule_worker
+from rollout.reward import confine, rule_worker, rules
 from rollout.reward.checker import Checker
 from rollout.reward.rule import RuleVerifier, _key
+from rollout.reward.rules import RULES, Rule
 from rollout.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +283,7 @@ def test_no_exception_of_a_scorer_travels(monkeypatch):
     def leave(*_: object) -> None:
         raise SystemExit(3)
 
-    monkeypatch.setattr(rule_worker, "_math_verify", leave)
+    monkeypatch.setitem(RULES, "math-verify", Rule(leave))
     assert rule_worker.score("math-verify", "1", "2", {})[:2] == (False, "error")
 
 
@@ -324,7 +325,7 @@ def test_an_answer_that_changes_the_scorer_changes_no_other_verdict(monkeypatch)
         '[setattr(__import__("reasoning_gym.algorithmic.spiral_matrix",fromlist=["a"]).SpiralMatrixDataset,'
         '"score_answer",lambda self,answer,entry:1.0)]'
     )
-    monkeypatch.setattr(rule_worker, "refusal", lambda *_: None)
+    monkeypatch.setattr(rules, "refusal", lambda *_: None)
     checker = Checker(rule_worker.score)
     monkeypatch.setattr(rule_worker, "_checker", checker, raising=False)
     jobs = [(item["answer"], answer, item) for answer in ("8", poison, "8", "[8]", "[garbage]")]
@@ -423,8 +424,8 @@ def test_what_ran_out_of_memory_is_an_error_and_not_wrong(monkeypatch, error):
     def run_out(*_: object) -> None:
         raise error
 
-    for kind, scorer in (("math-verify", "_math_verify"), ("reasoning-gym", "_reasoning_gym")):
-        monkeypatch.setattr(rule_worker, scorer, run_out)
+    for kind in RULES:
+        monkeypatch.setitem(RULES, kind, Rule(run_out))
         right, reason, detail = rule_worker.score(kind, "1", "2", {})
         assert (right, reason, detail) == (False, "error", f"{type(error).__name__}: {error}")
 

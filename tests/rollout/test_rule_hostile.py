@@ -14,6 +14,7 @@ import pytest
 from rollout.reward import rule_worker
 from rollout.reward.checker import Checker
 from rollout.reward.rule import RuleVerifier
+from rollout.reward.rules import RULES, Rule
 from rollout.types import Prompt
 
 HANGS, BATCHES, BATCH_SECONDS = 1000, 4, 5.0
@@ -125,6 +126,6 @@ def test_a_worker_may_not_take_the_machine(monkeypatch, gib, allowed):
     monkeypatch.setattr(rule_worker.signal, "signal", lambda *_: None)
     monkeypatch.setattr(rule_worker.gc, "freeze", lambda: None)
     monkeypatch.setattr(rule_worker, "_checker", None, raising=False)
-    monkeypatch.setitem(rule_worker.SCORERS, "reasoning-gym", "json")
-    rule_worker.start("reasoning-gym", os.getppid())
+    monkeypatch.setitem(RULES, "light", Rule(lambda *_: (True, "right", "")))
+    rule_worker.start("light", os.getppid())
     assert limits == {resource.RLIMIT_DATA: allowed * 2**30}

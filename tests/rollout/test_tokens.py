@@ -59,6 +59,57 @@ def test_text_is_what_the_tokenizer_decodes(ids):
     assert fast == PlainReader(MERGING).read(token_ids).text
 
 
+@given(st.lists(st.integers(0, 300), max_size=60))
+@example([0xE4, 0xBD])
+def test_a_token_ends_where_the_text_before_it_and_with_it_does(ids):
+    """A cut character counts as one, whatever follows."""
+    read = ByteReader(MERGING.get_vocab()).read(np.array(ids, dtype=np.int32))
+    assert read.character_ends() == [len(read.raw[:end].decode("utf-8", "replace")) for end in read.ends]
+
+
+def test_tokens_of_one_character_end_together():
+    ids = ids_of(MERGING, "a你b\U0001f600")
+    assert len(ids) == 9
+    for reader in (ByteReader(MERGING.get_vocab()), PlainReader(MERGING)):
+        assert reader.read(ids).character_ends() == [1, 2, 2, 2, 3, 4, 4, 4, 4]
+
+
+@given(st.text(max_size=30))
+def test_both_readers_agree_where_tokens_end(text):
+    ids = ids_of(MERGING, text.replace("\ufffd", ""))
+    assert PlainReader(MERGING).read(ids).character_ends() == ByteReader(MERGING.get_vocab()).read(ids).character_ends()
+
+
+def test_both_readers_agree_where_real_tokens_end():
+    tokenizer = qwen()
+    ids = ids_of(tokenizer, "<think>\n设 x 为饕餮的数量，𠮷𠮷 <br> √2≈1.4\u3000😀</think> <answer>\\boxed{3}</answer><|im_end|>")
+    fast, plain = reader_of(tokenizer).read(ids), PlainReader(tokenizer).read(ids)
+    assert fast.character_ends() == plain.character_ends()
+    assert len({*fast.character_ends()}) < len(ids), "some characters take several tokens"
+
+
+def test_a_tokenizer_whose_spaces_depend_on_what_is_before():
+    """SentencePiece's kind: a space stands before each word but a text's first, and what has no token falls back to bytes."""
+    pieces = ["<unk>", "▁to", "▁be", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    reader = reader_of(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"))
+    assert isinstance(reader, PlainReader)
+    reading = reader.read(np.array([1, 2, 3, *(4 + byte for byte in "你".encode()), 1, 4 + 0xE4], dtype=np.int32))
+    assert reading.text == "to be 你 to\ufffd"
+    assert reading.character_ends() == [2, 5, 6, 7, 7, 7, 10, 11]
+
+
+def test_a_text_that_is_mended_as_a_whole_has_no_ends():
+    class Mending:
+        def decode(self, ids, **_):
+            return "".join(sorted(map(str, ids)))
+
+    reading = PlainReader(Mending()).read(np.array([3, 1, 2], dtype=np.int32))
+    assert (reading.text, reading.character_ends()) == ("123", None)
+
+
 def test_text_is_what_the_real_tokenizer_decodes():
     tokenizer = qwen()
     fast, plain = reader_of(tokenizer), PlainReader(tokenizer)

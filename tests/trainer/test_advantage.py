@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.advantage import advantages
+from trainer.advantage import ADVANTAGES, advantages
 from trainer.config import ObjectiveConfig
 
 EASY, HARD = (1, 1, -1), (1, -1, -1)
@@ -49,7 +49,7 @@ def test_pshw_takes_its_constants_from_the_configuration():
     assert computed(EASY, advantage="pshw", pshw_alpha=-0.6, pshw_base=2.0) == pytest.approx([1.2, 1.2, -2.4], rel=1e-12)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "centered", "pshw"])
+@pytest.mark.parametrize("advantage", ADVANTAGES)
 @pytest.mark.parametrize("rewards", [(1, 1, 1), (-1, -1)])
 def test_a_uniform_group_teaches_nothing(advantage, rewards):
     assert computed(rewards, advantage=advantage) == [0.0] * len(rewards)

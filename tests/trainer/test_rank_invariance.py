@@ -6,8 +6,9 @@ Why: a token's weight belongs to the mini-batch, and gradients are summed over r
 ranks, a mean taken on one rank, a dropped micro-batch or a rank without sequences would all train, and train something else.
 
 What it proves: invariance up to fp32 rounding, with uneven shards, tied and untied embeddings, a reference policy, TER with a
-target between the means of the ranks, and ranks without sequences; and for the first mini-batch that the invariant value is the
-right one, which is computed in fp64 one sequence at a time. What it does not: anything about bf16, NCCL or speed.
+target between the means of the ranks, and ranks without sequences, down to the entropy of each token as it is gathered; and for
+the first mini-batch that the invariant value is the right one, which is computed in fp64 one sequence at a time. What it does
+not: anything about bf16, NCCL or speed.
 """
 
 import os
@@ -21,6 +22,7 @@ import torch
 from tiny_policy import CASES, OBJECTIVES, Case, Naive, batches, difference, one_rank, stage, train
 
 from trainer.packing import pack
+from trainer.token_values import key_of
 
 RANKS = (1, 2, 4)
 LAYOUTS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
@@ -72,6 +74,9 @@ def test_invariance(results, case, layout):
     assert len(expected) == len(got) == 2
     for mini_batch in range(2):
         one, other = expected[mini_batch], got[mini_batch]
+        assert other["entropies"].keys() == one["entropies"].keys()
+        for key, values in one["entropies"].items():
+            torch.testing.assert_close(other["entropies"][key], values, rtol=TOLERANCE, atol=1e-6)
         assert other["scores"] == pytest.approx(one["scores"], rel=TOLERANCE)
         assert other["sums"] == pytest.approx(one["sums"], rel=TOLERANCE, abs=1e-6)
         numbers = [{name: value for name, value in each["update"].items() if name != "fault"} for each in (one, other)]
@@ -107,6 +112,10 @@ def test_the_invariant_value_is_the_right_one(results, kind, layout):
     assert got["sums"] == pytest.approx(sums, rel=5e-5)
     assert min(sums["clipped_low"], sums["clipped_high"]) > 0
     assert difference(got["gradients"], naive.gradients(expected)) < 1e-4
+    of_each = zip(batches(config)[0].sequences, naive.entropies, strict=True)
+    for sequence, entropy in of_each:
+        values = got["entropies"][key_of(sequence.prompt, sequence.response).hex()]
+        torch.testing.assert_close(values, entropy.detach().float(), rtol=1e-4, atol=1e-5)
     update = got["update"]
     assert update["entropy_loss"] == pytest.approx(
         objective.entropy_coefficient * abs(naive.mean_entropy.item() - objective.entropy_target), rel=1e-4

@@ -1,10 +1,13 @@
 """Which ranks can share sequences, and what of a micro-batch each gets. That it is one rank's result: test_rank_invariance.py."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from rollout.errors import InputError
+from trainer import token_values
 from trainer.attention import Attention
 from trainer.batch import MiniBatch, TokenSequence, collate, micro_batches
 from trainer.sequence_parallel import SequenceGroup, check_heads, sequence_group
@@ -72,18 +75,45 @@ def test_micro_batches_of_groups():
     assert all(len(micro.input_ids_T) == 12 for plan in plans for micro in plan)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_values_of_shares_come_together_by_sequence(size):
+    """Two micro-batches and an empty place, of which one sequence is not wanted."""
+    sequences = [sequence(10, 3, 4), sequence(50, 2, 9), sequence(90, 1, 1)]
+    parts = [MiniBatch(tuple(sequences))] * 3
+    ranks = []
+    for rank in range(size):
+        attention = Attention(group=SequenceGroup(rank, size, None)) if size > 1 else Attention()
+        places = [(2, 0), (1,), ()]
+        micro = [collate([sequences[index] for index in indices], CPU, attention, indices) for indices in places]
+        ranks.append(SimpleNamespace(micro=micro, parts=parts))
+    sampled = {token_values.key_of(each.prompt, each.response): each.sampled_logprobs.tolist() for each in sequences}
+    for wanted in (None, list(sampled)[:2]):
+        found = [token_values.shares(rank, lambda micro: micro.sampled_logprob_R, wanted) for rank in ranks]
+        got = {key: values.tolist() for key, values in token_values.joined(found, size).items()}
+        assert got == {key: sampled[key] for key in wanted or sampled}
+
+
+def test_groups_of_ranks_each_give_their_own():
+    one, other = [(b"a", np.array([1.0])), (b"b", np.array([]))], [(b"a", np.array([2.0])), (b"b", np.array([3.0]))]
+    alone = [(b"c", np.array([4.0]))]
+    found = token_values.joined([one, other, alone, [(b"c", np.array([]))]], together=2)
+    assert {key: values.tolist() for key, values in found.items()} == {b"a": [1, 2], b"b": [3], b"c": [4]}
+    assert {key: values.tolist() for key, values in token_values.joined([[], alone], together=1).items()} == {b"c": [4]}
+
+
 def test_nothing_to_share():
     """A place without sequences: a token for each rank, of which none counts."""
     for share in shares([], 3):
         assert share.input_ids_T.tolist() == [0]
         assert share.rows_R.tolist() == share.labels_R.tolist() == []
         assert share.layout.lengths == (3,)
+        assert share.counts == ()
 
 
 @pytest.mark.parametrize(
     ("size", "heads", "key_value_heads"), [(2, 4, 2), (4, 4, 2), (4, 40, 8), (8, 40, 8), (2, 12, 2), (1, 7, 7)]
 )
-def test_heads_that_can_be_shared(size, heads, key_value_heads):
+def test_heads_that_can_be_shares(size, heads, key_value_heads):
     check_heads(size, heads, key_value_heads)
 
 

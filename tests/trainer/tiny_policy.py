@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kernels import reference as definitions
+from rollout.ranks import Ranks
 from rollout.types import Group, Prompt, Sample, Verdict
 from trainer.actor import Actor
 from trainer.attention import ALONE, Attention
@@ -32,6 +33,7 @@ from trainer.distributed import MESH_NAMES, mesh_shape
 from trainer.layers import KEEP_ALL, LayerOptions
 from trainer.policy import Policy, PolicyOptions, sharded
 from trainer.sequence_parallel import sequence_group
+from trainer.token_values import gathered
 
 VOCABULARY = 61
 """A prime: no number of ranks divides it, so the shards are uneven."""
@@ -221,21 +223,26 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def train(case: Case, mesh: DeviceMesh) -> list[dict]:
-    """Two mini-batches of one batch. For each: its scores, sums, unclipped gradients, update, and the weights after it."""
+    """Two mini-batches of one batch. For each: its scores, sums, unclipped gradients, update, and the weights after it; on rank 0
+    the entropies of each response."""
     config = stage(OBJECTIVES[case.kind], micro=case.micro_batches)
     attention = Attention(group=sequence_group(case.sequence_ranks, 120))
     actor = build_actor(mesh, config, tied=case.kind == "tied", layers=case.layers, attention=attention)
     scored = actor.score(batches(config), config)
     shift_old(scored)
     results = []
+    ranks = Ranks(mesh.get_rank(), mesh.size())
     for batch in scored:
+        found = gathered(ranks, case.sequence_ranks, [batch], lambda micro: micro.entropy_R)
+        entropies = {key.hex(): torch.from_numpy(values) for key, values in found.items()}
         sums = actor._gradient_pass(batch, config, 1.0, lambda *_: None)
         gradients = whole_gradients(actor.policy)
         actor.optimizer.zero_grad()
         update = asdict(actor.update(batch, config))
         scores = {"mean": batch.mean_entropy, "mismatch_sum": batch.mismatch.gap_sum, "mismatch_max": batch.mismatch.largest}
         weights = whole_weights(actor.policy)
-        results.append({"scores": scores, "sums": sums, "gradients": gradients, "update": update, "weights": weights})
+        result = {"scores": scores, "entropies": entropies, "sums": sums, "gradients": gradients}
+        results.append(result | {"update": update, "weights": weights})
     return results
 
 

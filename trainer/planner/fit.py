@@ -62,7 +62,7 @@ def engine_share(config: RunConfig, sizes: Sizes, memory: int, itemsize: int) ->
     weights = sizes.parameters * itemsize
     if engine.kind == "vllm-server":
         return Engine(0, 0, 0)
-    if engine.kind == "transformers":
+    if engine.embedded:
         cache = sizes.cache_elements * itemsize * engine.tokens_per_batch
         return Engine(weights + cache, weights, engine.tokens_per_batch)
     together = engine.tensor_parallel
@@ -77,7 +77,7 @@ def engine_share(config: RunConfig, sizes: Sizes, memory: int, itemsize: int) ->
 
 def push_buffers(config: RunConfig, metadata: list[TensorMeta], dtype: torch.dtype) -> int:
     """Of the rank that sends, where weights travel through its GPU; kept from the first push on."""
-    if config.engine.kind == "transformers":
+    if config.engine.embedded:
         return 0
     chunks = chunks_of(metadata, dtype, config.engine.wire, config.engine.chunk_mib << 20)
     return min(BUFFERS, len(chunks)) * largest(chunks)
