@@ -97,6 +97,7 @@ def config(run: Run, work: Path) -> dict[str, Any]:
             "every": size.every, "k": 2, "top_p": 1.0,
         },
         "checkpoint": {"every": size.steps},
+        "samples": {"groups": 0},
         "batch": {"groups": size.groups, "group_size": size.group_size},
         "actor": {"lr": 1.5e-4, "warmup_steps": 4, "tokens_per_micro_batch": 8192},
         "stages": [
