@@ -16,7 +16,7 @@ from benchmarks.recipe.task import BUCKETS, PLAIN, Task, Wording
 THREADS = 1
 """Of a run: two side by side are faster than one on two."""
 GRPO = {"advantage": "grpo", "loss_aggregation": "response_mean", "clip_high": 0.2}
-TER = GRPO | {"entropy_target": 0.55, "entropy_coefficient": 0.3}
+TER = GRPO | {"entropy_target": 0.55, "entropy_coefficient": 0.6}
 DAPO = {"advantage": "centered", "loss_aggregation": "token_sum", "clip_high": 0.28}
 PSHW = DAPO | {"advantage": "pshw"}
 DYNAMIC = {"dynamic": True}
@@ -30,8 +30,8 @@ class Size:
     seeds: int = 5
     steps: int = 32
     warmup: int = 450
-    groups: int = 16
-    group_size: int = 8
+    groups: int = 24
+    group_size: int = 6
     every: int = 8
     """Steps between evaluations."""
     limit: int = 60
@@ -41,7 +41,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(seeds=1, steps=2, warmup=12, groups=4, group_size=4, every=2, limit=4, quick=True)
+QUICK = Size(seeds=1, steps=2, warmup=60, groups=4, group_size=6, every=2, limit=4, quick=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ STARTS = {"too low": Wording(sharpness=1.5), "right": Wording(), "too high": Wor
 TARGET, NEAR = TER["entropy_target"], 0.05
 OUT_OF_REACH = 100.0
 """nats; |H - this| falls by 1 where H rises by 1, whatever H is."""
-BONUS = GRPO | {"entropy_target": OUT_OF_REACH, "entropy_coefficient": 0.03}
+BONUS = GRPO | {"entropy_target": OUT_OF_REACH, "entropy_coefficient": 0.06}
 ARMS = {"GRPO": GRPO, "GRPO + bonus": BONUS, "GRPO + TER": TER}
 
 
