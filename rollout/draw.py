@@ -32,6 +32,8 @@ class Draw:
     recover: bool
     capacity: int | None
     decoding: Decoding
+    max_age: int | None = 1
+    """Steps for which a surplus group may wait for a place; None: as long as it takes."""
     max_unjudged_rounds: int | None = None
     """After so many rounds in a row, over the steps, without any verdict of the judge that was asked, the run is given up."""
     abort_surplus: bool = False

@@ -6,8 +6,8 @@
     train on B_c[:N];  B_r ← B_c[N:], for the next step only
 
 At least one round is sampled, also where B_r alone fills the batch. "For the next step only": a group that was already recovered
-once and still finds no place expires, so nothing older than one policy step is ever trained on. Pure decisions, no engine and no
-torch.
+once and still finds no place expires, so nothing older than one policy step is ever trained on; `max_age` lifts that bound, for
+whoever wants to measure it. Pure decisions, no engine and no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Ledger:
     uniform: int = 0
     """All outputs right or all wrong: filtered."""
     recovered: int = 0
-    """Trained on one step after it was drawn."""
+    """Trained on in a later step than the one that drew it: the next, unless recovery.max_age says otherwise."""
     expired: int = 0
     """Legitimate surplus that was never trained on."""
     aborted: int = 0
@@ -97,11 +97,14 @@ class BatchCollector:
         self.ledger.failed += drawn - judged - aborted
         self.ledger.uniform += judged - len(taken)
 
-    def finish(self, *, recover: bool, capacity: int | None = None) -> tuple[list[Group], list[Group]]:
-        """(the N groups to train on, the next step's recovery buffer). Called once, when `complete`."""
+    def finish(
+        self, *, recover: bool, capacity: int | None = None, max_age: int | None = 1
+    ) -> tuple[list[Group], list[Group]]:
+        """(the N groups to train on, the next step's recovery buffer). Called once, when `complete`. max_age: steps after which
+        a group that found no place expires; None: never."""
         batch, surplus = self._batch[: self.needed], self._batch[self.needed :]
-        fresh = [group for group in surplus if recover and group.drawn_step == self.step]
-        buffer = fresh[:capacity]
+        young = [group for group in surplus if recover and (max_age is None or self.step - group.drawn_step < max_age)]
+        buffer = young[:capacity]
         now = sum(group.drawn_step == self.step for group in batch)
         self.ledger.trained += now
         self.ledger.recovered += len(batch) - now

@@ -175,7 +175,7 @@ class Sampler:
             return Collected(batch, [], rounds, seconds, marks, flying.restarts)
         for each in flight.outcome():
             collector.add_round(each.groups, each.drawn, each.aborted)
-        batch, state.buffer = collector.finish(recover=draw.recover, capacity=draw.capacity)
+        batch, state.buffer = collector.finish(recover=draw.recover, capacity=draw.capacity, max_age=draw.max_age)
         scored = {id(flight.group(place)) for place in flying.scored}
         marks = tuple(id(group) in scored for group in batch) if scored else ()
         self._ranks.broadcast((batch, marks))

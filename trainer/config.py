@@ -141,6 +141,9 @@ class RecoveryConfig(Section):
     enabled: bool = False
     capacity: Positive | None = None
     """At most so many groups are kept (the first ones); None: all. The paper is silent."""
+    max_age: Positive | None = 1
+    """Steps for which a group may wait. 1: the recipe's, for the next step only. None: until it finds a place, so that the buffer
+    grows without bound where rounds bring more than N."""
 
 
 class ActorConfig(Section):

@@ -224,6 +224,7 @@ class TrainingLoop:
             max_prompt_tokens=stage.data.max_prompt_tokens,
             recover=stage.recovery.enabled,
             capacity=stage.recovery.capacity,
+            max_age=stage.recovery.max_age,
             decoding=Decoding(stage.response_limit, stage.sampling.temperature),
             max_unjudged_rounds=self.config.reward.judge.max_unjudged_rounds if self.config.reward.judge else None,
             abort_surplus=batch.abort_surplus,

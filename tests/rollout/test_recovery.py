@@ -33,6 +33,7 @@ class Case:
     dynamic: bool
     recover: bool
     capacity: int | None
+    max_age: int | None
 
     @classmethod
     def of(cls, generator: random.Random) -> "Case":
@@ -47,6 +48,7 @@ class Case:
             dynamic=dynamic,
             recover=dynamic and generator.random() < 0.75,
             capacity=generator.choice([None, None, 1, 2, 4]),
+            max_age=generator.choice([1, 1, 1, 2, None]),
         )
 
 
@@ -92,8 +94,8 @@ def algorithm_1(case: Case, seed: int):
             if place < case.needed:
                 trained.append(name)
                 fate[name] = "recovered" if name in recovered else "trained"
-                assert step - drawn_in[name] <= 1
-            elif not case.recover or name in recovered or (case.capacity is not None and len(B_r) == case.capacity):
+                assert case.max_age is None or step - drawn_in[name] <= case.max_age
+            elif not case.recover or step - drawn_in[name] == case.max_age or len(B_r) == case.capacity:
                 fate[name] = "expired"
             else:
                 B_r.append(name)
@@ -115,7 +117,7 @@ def keju(case: Case, seed: int):
             questions = stream.round()
             groups = [group(name, rewards, step) for name, rewards in questions if rewards is not None]
             collector.add_round(groups, drawn=len(questions))
-        batch, buffer = collector.finish(recover=case.recover, capacity=case.capacity)
+        batch, buffer = collector.finish(recover=case.recover, capacity=case.capacity, max_age=case.max_age)
         yield batch, buffer, ledger, stream.drawn
 
 
@@ -128,8 +130,9 @@ def test_equals_algorithm_1_on_random_streams():
             where = f"stream {seed}, step {step}: {case}"
             assert [each.prompt.id for each in batch] == trained, where
             assert [each.prompt.id for each in buffer] == B_r, where
-            assert all(each.drawn_step in (step, step - 1) for each in batch), where
-            assert all(each.drawn_step == step for each in buffer), where
+            if case.max_age is not None:
+                assert all(step - each.drawn_step <= case.max_age for each in batch), where
+                assert all(step - each.drawn_step < case.max_age for each in buffer), where
             counted = ledger.as_dict()
             assert counted.pop("drawn") == drawn, where
             assert counted == {name: fates[name] for name in counted}, where

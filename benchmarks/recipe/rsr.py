@@ -1,0 +1,103 @@
+"""What does Recent Sample Recovery save? (the paper's figure 4, in small)
+
+DAPO discards the surplus of a step; RSR lets it open the next step's batch. Beside them: a queue in which it waits as long as it
+takes (`recovery.max_age`), and RSR whose tokens are weighted by min(π_trainer / π_sampler, 2) (`objective.tis_cap`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from benchmarks.recipe.experiment import Experiment, Findings
+from benchmarks.recipe.figures import curves, finish, over
+from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, Run, Size, Start
+from benchmarks.recipe.records import Mean, Record, final, labels_of, paired, peak, reached, where
+
+WITHOUT, WITH = "discarded", "RSR"
+ARMS = {
+    WITHOUT: ({"enabled": False}, PSHW),
+    WITH: (RSR, PSHW),
+    "unbounded queue": (RSR | {"max_age": None}, PSHW),
+    "RSR, importance weights": (RSR, PSHW | {"tis_cap": 2.0}),
+}
+
+
+def runs(size: Size) -> list[Run]:
+    return [
+        Run(
+            {"arm": arm, "seed": seed}, Start(seed, size.warmup), size,
+            ({"batch": DYNAMIC, "recovery": recovery, "objective": objective},),
+        )
+        for arm, (recovery, objective) in ARMS.items()
+        for seed in range(1, size.seeds + 1)
+    ]  # fmt: skip
+
+
+def savings(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
+    """Share of raw prompts that `arm` did not need, seed by seed, to reach the highest training accuracy that both reached."""
+    base = {record["labels"]["seed"]: record for record in where(records, arm=against)}
+    found = []
+    for record in where(records, arm=arm):
+        other = base[record["labels"]["seed"]]
+        level = min(peak(record), peak(other))
+        found.append(1 - reached(record, level, "drawn") / reached(other, level, "drawn"))
+    return found
+
+
+def find(records: Sequence[Record]) -> Findings:
+    table = [["surplus", "prompts drawn", "pass@1", "over-generation", "buffer, groups", "prompts saved at equal accuracy"]]
+    numbers = {}
+    for arm in labels_of(records, "arm"):
+        own = where(records, arm=arm)
+        saved = Mean.of(savings(records, arm)) if arm != WITHOUT else None
+        drawn = Mean.of(record["train"]["drawn"][-1] for record in own)
+        table.append([
+            arm, drawn.text(",.0f"), Mean.of(map(final, own)).text(".1%"),
+            Mean.of(fmean(record["train"]["over_generation"]) for record in own).text(".2f"),
+            Mean.of(fmean(record["train"]["buffer"]) for record in own).text(".1f"),
+            saved.text(".1%") if saved else "",
+        ])  # fmt: skip
+        numbers[arm] = {"drawn": drawn.mean, "pass_at_1": fmean(map(final, own))}
+        if saved:
+            numbers[arm] |= {"saved": saved.mean, "half": saved.half if math.isfinite(saved.half) else None}
+    saved = Mean.of(savings(records, WITH))
+    fewer = 1 - numbers[WITH]["drawn"] / numbers[WITHOUT]["drawn"]
+    said = [
+        f"To reach the same training accuracy RSR drew {saved.text('.1%')} fewer raw prompts than DAPO that discards its surplus"
+        + ("." if saved.sure or not math.isfinite(saved.half) else ", which is not certainly more than none.")
+        + f" For the same number of steps it drew {fewer:.1%} fewer."
+    ]
+    for arm in labels_of(records, "arm")[2:]:
+        gain = paired(where(records, arm=WITH), where(records, arm=arm), final)
+        more = Mean.of(savings(records, arm, WITH))
+        said.append(
+            f"{arm[0].upper()}{arm[1:]} against RSR: pass@1 {gain.text('+.1%')}, prompts saved {more.text('+.1%')}"
+            + ("." if gain.sure or more.sure else ": no difference that is certain.")
+        )
+    return Findings(said, table, numbers)
+
+
+def draw(figure: Figure, records: Sequence[Record]) -> None:
+    panels = figure.subplots(2, 3)
+    arms = {arm: where(records, arm=arm) for arm in labels_of(records, "arm")}
+    main = {arm: arms[arm] for arm in (WITHOUT, WITH)}
+    finish(panels[0][0], "Accuracy over steps", "step", "share right in training")
+    curves(panels[0][0], main, "accuracy", width=5)
+    finish(panels[0][1], "Accuracy over data", "raw prompts drawn", "share right in training")
+    over(panels[0][1], main, "drawn")
+    finish(panels[0][2], "Raw prompts drawn", "step", "prompts so far")
+    curves(panels[0][2], arms, "drawn")
+    panels[0][2].legend(loc="upper left")
+    finish(panels[1][0], "Accuracy over data, all four", "raw prompts drawn", "share right in training")
+    over(panels[1][0], arms, "drawn")
+    finish(panels[1][1], "Over-generation", "step", "groups sampled / groups trained on")
+    curves(panels[1][1], arms, "over_generation", width=5)
+    finish(panels[1][2], "Recovery buffer after a step", "step", "groups")
+    curves(panels[1][2], arms, "buffer", width=5)
+
+
+EXPERIMENT = Experiment("rsr", "What does recovering recent samples save?", runs, find, draw, (13.0, 7.0))
