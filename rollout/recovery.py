@@ -97,9 +97,7 @@ class BatchCollector:
         self.ledger.failed += drawn - judged - aborted
         self.ledger.uniform += judged - len(taken)
 
-    def finish(
-        self, *, recover: bool, capacity: int | None = None, max_age: int | None = 1
-    ) -> tuple[list[Group], list[Group]]:
+    def finish(self, *, recover: bool, capacity: int | None = None, max_age: int | None = 1) -> tuple[list[Group], list[Group]]:
         """(the N groups to train on, the next step's recovery buffer). Called once, when `complete`. max_age: steps after which
         a group that found no place expires; None: never."""
         batch, surplus = self._batch[: self.needed], self._batch[self.needed :]
