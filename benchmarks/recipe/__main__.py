@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for name, plan in plans.items():
             content = result(EXPERIMENTS[name], plan, options.size, options.work)
-            replace_text(options.out / f"{name}.json", json.dumps(content, ensure_ascii=False) + "\n")
+            replace_text(options.out / f"{name}.json", json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
         trained = {each.key for plan in plans.values() for each in plan}
         print(f"{len(trained)} runs; {time.perf_counter() - began:.0f} s this time")
     for name in options.names:
@@ -90,6 +91,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) -> dict[str, Any]:
     records = [record_of(each, work / "runs" / each.key) for each in plan]
     seeds = {each.start.seed for each in plan}
+    findings = experiment.find(records)
     return {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -99,8 +101,18 @@ def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) 
         "machine": provenance(),
         "configuration": config(plan[0], Path("WORK")),
         "changes": [{"labels": each.labels, "stages": list(each.stages), "context": each.context} for each in plan],
+        "found": {"said": findings.said, "table": findings.table, "numbers": finite(findings.numbers)},
         "runs": records,
     }
+
+
+def finite(value: Any) -> Any:
+    """With None for what JSON has no number for, as the interval of a single seed."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tell(experiment: Experiment, file: Path) -> None:

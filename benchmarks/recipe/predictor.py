@@ -5,6 +5,7 @@ Base models that differ in how long they were warmed up, and so in their entropy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,8 +48,8 @@ def find(records: Sequence[Record]) -> Findings:
     entropies = [first_entropy(record) for record in records]
     numbers, said = {}, []
     for name, of in (("pass@1 after RL", final), ("what RL gained", gain)):
-        found = spearmanr(entropies, [of(record) for record in records])
-        rank, chance = float(found.statistic), float(found.pvalue)
+        outcomes = [of(record) for record in records]
+        rank, chance = map(float, spearmanr(entropies, outcomes) if len(set(outcomes)) > 1 else (math.nan, math.nan))
         numbers[name] = {"spearman": rank, "p": chance}
         said.append(
             f"Initial entropy and {name}: rank correlation {rank:+.2f} over {len(records)} runs (p {chance:.3f})"

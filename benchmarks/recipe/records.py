@@ -74,7 +74,7 @@ def final(record: Record, bucket: str = "all") -> float:
 
 def smoothed(values: Sequence[float], width: int = 5) -> np.ndarray:
     """Centred means of `width` values, of fewer at the ends."""
-    ones = np.ones(width)
+    ones = np.ones(min(width, len(values)))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 

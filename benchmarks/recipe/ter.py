@@ -87,7 +87,7 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
     tops = [axes.get_ylim()[1] for axes in panels[0]]
     for axes in panels[0]:
         axes.set_ylim(0, max(tops))
-    panels[0][0].legend(loc="upper left")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms) + 1)
     cells = {arm: [where(records, start=start, arm=arm) for start in starts] for arm in arms}
     finish(panels[1][0], "Held-out pass@1 at the end", "start", "share right")
     bars(panels[1][0], starts, {arm: [Mean.of(map(final, own)) for own in row] for arm, row in cells.items()})

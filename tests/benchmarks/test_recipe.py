@@ -148,6 +148,7 @@ def test_a_level_is_reached_between_two_steps():
     assert reached(flat, 1.01, "drawn") == math.inf
     assert peak(flat) == pytest.approx(1.0)
     assert last_third([0, 0, 0, 0, 0, 1, 2]) == 1.0
+    assert smoothed([1.0, 3.0]).shape == (2,), "of fewer steps than the smoothing is wide"
 
 
 def test_savings_are_of_the_level_that_both_reached():
