@@ -20,7 +20,10 @@ from trainer.report.sample_store import SampleStore
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no browser: {missing()}")
 OPEN_SECONDS = 2.0
 MANY = 50_000
-RESET = "Object.assign(browser, {coloring: 0, unfolded: false}); clearFilters(); chooseRow(0); document.activeElement.blur()"
+RESET = (
+    "Object.assign(browser, {coloring: 0, unfolded: false, formulas: true}); clearFilters(); chooseRow(0); "
+    "document.activeElement.blur()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,13 @@ def recorded(tmp_path_factory):
     groups = write_samples(run, steps=12, groups=5, size=4)
     hostile = group(random.Random(3), 13, 0, 3, 200)
     hostile["prompt"] |= {"id": HOSTILE[0], "question": HOSTILE[1], "answer": HOSTILE[0]}
-    hostile["samples"][0] |= {"text": "😀" + "".join(HOSTILE), "detail": HOSTILE[1], "ends": [1, 20, 30], "logprob": [-1, -2, -3]}
-    hostile["samples"][0] |= {"entropy": None, "tokens": 3, "advantage": None}
+    hostile["samples"][0] |= {
+        "text": "😀" + "".join(HOSTILE),
+        "detail": HOSTILE[1],
+        "ends": [1, 1, 20, 30],
+        "logprob": [-0.5, -1, -2, -3],
+    }
+    hostile["samples"][0] |= {"entropy": None, "tokens": 4, "advantage": None}
     hostile["samples"][1]["text"] = (
         "Then \\(\\frac{1}{2}\\) and \\(\\unknowncommand{x}\\) and $\\constructor$ and \\boxed{\\frac{3}{4}}."
     )
@@ -147,7 +155,15 @@ def test_search_finds_what_a_count_says(page, recorded, query):
     page.keyboard.press("/")
     page.keyboard.type(query)
     wait_until(page, "query => browser.query === query", query)
-    assert count(page) == sum(has(*each) for each in recorded[1])
+    found = sum(has(*each) for each in recorded[1])
+    assert count(page) == found
+    if found and query != "train-0001" and not query.startswith("\\"):
+        page.keyboard.press("Escape")
+        page.evaluate("browser.unfolded = true; browser.formulas = false; choose(0)")
+        text = shown(page, chosen(page)).inner_text()
+        hits = page.locator("#sample mark.hit").all_inner_texts()
+        assert bool(hits) == (query.lower() in text.lower().split("question", 1)[1])
+        assert {hit.lower() for hit in hits} <= {query.lower()}
 
 
 def test_rows_are_sorted_and_what_has_no_value_is_last(page, recorded):
@@ -253,9 +269,12 @@ def test_tokens_are_coloured_by_their_values(page, recorded):
     assert tokens.all_text_contents() == ["😀", HOSTILE[0][:19], HOSTILE[0][19:29]]
     assert [re.search(r"l(\d+)$", each.get_attribute("class"))[1] for each in tokens.all()] == ["2", "4", "6"]
     assert "log-probability" in page.inner_text(".coloring")
+    # Two tokens make the first character: they stand together, in the colour of the less likely one.
+    tokens.first.hover()
+    wait_until(page, "document.getElementById('tip').textContent.includes('token 2 of 4')")
+    assert "token 1 of 4" in page.inner_text("#tip")
     tokens.nth(1).hover()
-    page.wait_for_selector("#tip:not([hidden])")
-    assert "−2.000" in page.inner_text("#tip")
+    wait_until(page, "document.getElementById('tip').textContent.includes('−2.000')")
     page.keyboard.press("t")
     wait_until(page, "document.querySelector('.coloring').textContent.includes('not scored')")
     page.keyboard.press("t")
