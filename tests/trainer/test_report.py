@@ -352,10 +352,22 @@ def test_bad_input_is_one_line_and_code_2(tmp_path):
     for folder, words in ((tmp_path / "nowhere", "no such folder"), (empty, "no such file"), (young, "no finished step")):
         with pytest.raises(InputError, match=words):
             report([run, folder])
-    with pytest.raises(InputError, match="cannot write the page"):
-        report([run], tmp_path / "absent/page.html")
-    command = [sys.executable, "-m", "trainer.report", str(tmp_path / "nowhere")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert len(ended.stderr.splitlines()) == 1
-    assert ended.stderr.startswith("keju: error:")
+    for place in (tmp_path / "absent/page.html", empty):
+        with pytest.raises(InputError, match="cannot write the page"):
+            report([run], place)
+    assert not list(tmp_path.glob("*.tmp"))
+    for arguments in ([str(tmp_path / "nowhere")], [str(run), "--samples", "0"], []):
+        command = [sys.executable, "-m", "trainer.report", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2
+        assert len(ended.stderr.splitlines()) == 1
+        assert ended.stderr.startswith("keju: error:")
+
+
+def test_the_command_tells_of_its_work_and_where_the_page_is(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_samples(run, steps=2, groups=2, size=2)
+    command = [sys.executable, "-m", "trainer.report", str(run), "--out", str(tmp_path / "page.html")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith(str(tmp_path / "page.html"))
+    assert "sample file 1 of 2" in ended.stderr

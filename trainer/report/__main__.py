@@ -3,13 +3,12 @@
 The runs may still be going on. What could not be read of the samples is said on stderr and in the page.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rollout.cli import number
+from rollout.cli import Parser, number
 from rollout.errors import InputError
 from trainer.cli import run
 from trainer.report.curves import read_run
@@ -19,6 +18,7 @@ from trainer.report.sample_store import SampleStore
 
 PAGE_FILE = "report.html"
 SAMPLES = 50_000
+MOST_SAMPLES = 500_000  # a browser's list cannot be higher
 MEGABYTES = 96
 
 
@@ -65,11 +65,12 @@ def run_names(runs: list[Path]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.report", description="One HTML file to look at a run with.")
+    parser = Parser(prog="python -m trainer.report", description="One HTML file to look at a run with.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder; several are laid over each other")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help=f"the page (default: {PAGE_FILE} in the first run)")
+    samples = number(f"number from 1 to {MOST_SAMPLES:,}", int, lambda value: 0 < value <= MOST_SAMPLES)
     positive = number("number", int, lambda value: value > 0)
-    parser.add_argument("--samples", type=positive, default=SAMPLES, help="at most about so many samples (default: %(default)s)")
+    parser.add_argument("--samples", type=samples, default=SAMPLES, help="at most about so many samples (default: %(default)s)")
     parser.add_argument("--megabytes", type=positive, default=MEGABYTES, help="about the page's limit (default: %(default)s)")
     arguments = parser.parse_args(argv)
     started = time.monotonic()

@@ -32,15 +32,18 @@ def write_page(out: Path, runs: list[dict[str, Any]], store: SampleStore) -> Non
         "samples": store.index(),
     }
     beside = out.with_name(out.name + ".tmp")
-    with beside.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(head(" · ".join(run["name"] for run in runs), data))
-        # Behind the scripts: the list can be used while the browser still reads the pieces.
-        for place, (texts, tokens) in enumerate(store.pieces):
-            file.write(f'<script type="text/plain" id="texts-{place}">{texts}</script>\n')
-            if tokens:
-                file.write(f'<script type="text/plain" id="tokens-{place}">{tokens}</script>\n')
-        file.write("</body>\n</html>\n")
-    os.replace(beside, out)
+    try:
+        with beside.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(head(" · ".join(run["name"] for run in runs), data))
+            # Behind the scripts: the list can be used while the browser still reads the pieces.
+            for place, (texts, tokens) in enumerate(store.pieces):
+                file.write(f'<script type="text/plain" id="texts-{place}">{texts}</script>\n')
+                if tokens:
+                    file.write(f'<script type="text/plain" id="tokens-{place}">{tokens}</script>\n')
+            file.write("</body>\n</html>\n")
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def head(title: str, data: dict[str, Any]) -> str:

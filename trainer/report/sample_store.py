@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -181,8 +182,14 @@ def _thousandths(values: list | None) -> list[int | None] | None:
 
 
 def _mean(values: list | None) -> float | None:
-    array = None if values is None else _array(values)
-    return round(float(array.mean()), 3) if array is not None and np.isfinite(array).all() else None
+    """None also where an item is null or no number."""
+    if values is None:
+        return None
+    try:
+        mean = sum(values) / len(values)
+    except TypeError:
+        return None
+    return round(mean, 3) if math.isfinite(mean) else None
 
 
 def _array(values: list) -> np.ndarray | None:
