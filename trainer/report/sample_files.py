@@ -1,4 +1,4 @@
-"""Reads RUN/samples: one gzip file a step, one line of JSON a group. Older files may lack fields, and a file may be torn.
+"""Reads RUN/samples (`trainer.samples`) for the page. Older files may lack fields, and a file may be torn.
 
 Two passes. The survey unpacks every file and looks into one group of each, which tells about how much there is; so it is known
 beforehand what part of the groups the page has room for, and a file is never held as a whole.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.metrics import number
+from trainer.samples import files_of
 
-SAMPLES_FOLDER = "samples"
 PACKED_TEXT = 0.45
 """What a byte of text weighs in the page: packed about threefold, then written in base64."""
 PACKED_TOKEN = 5.0
@@ -80,7 +80,7 @@ class Reading:
 
 def survey(run: Path, progress: Callable[[str], None] = lambda _: None) -> Survey:
     """Of a run without samples: no files."""
-    files = tuple(sorted((Path(run) / SAMPLES_FOLDER).glob("step-*.jsonl.gz")))
+    files = tuple(files_of(Path(run)))
     groups, samples, text_bytes, tokens = 0, 0.0, 0.0, 0.0
     notes = []
     for place, path in enumerate(files):
