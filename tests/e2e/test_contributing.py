@@ -46,9 +46,9 @@ def edited(text: str, hunks: str, path: str) -> str:
     for hunk in re.split(r"^@@\n", hunks, flags=re.MULTILINE):
         lines = hunk.splitlines(keepends=True)
         old, new = ("".join(line[1:] or "\n" for line in lines if not line.startswith(sign)) for sign in "+-")
-        found = f"\n{text}".count(f"\n{old}")
-        assert found == 1, f"CONTRIBUTING.md edits {path}, where these lines stand {found} times:\n{old}"
-        text = f"\n{text}".replace(f"\n{old}", f"\n{new}")[1:]
+        found = [match.start() for match in re.finditer(rf"^{re.escape(old)}", text, re.MULTILINE)]
+        assert len(found) == 1, f"CONTRIBUTING.md edits {path}, where these lines stand {len(found)} times:\n{old}"
+        text = text[: found[0]] + new + text[found[0] + len(old) :]
     return text
 
 
