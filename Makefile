@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 help:
 	@echo "make demo     set up, then train a tiny model through the three stages on CPU and draw the figures"
 	@echo "make test     set up, then run the tests"
-	@echo "make test-long  those that take minutes each: runs killed again and again, experiments in small"
+	@echo "make test-long  those that take minutes each: runs killed, stopped and continued, experiments in small"
 	@echo "make gate     the kernels against benchmarks/gates.toml, and their machine code"
 	@echo "make bench    the kernels beside every installed peer: a table, JSON and a plot in benchmarks/results"
 	@echo "make lint     ruff"
@@ -51,9 +51,9 @@ TESTERS ?= 2
 test: setup
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
-# What takes minutes each: runs that are killed again and again, the experiments' quick forms.
+# What takes minutes each: runs killed, stopped and continued, with vLLM beside; the experiments' quick forms.
 test-long: setup
-	@$(BIN)/python -m pytest -m long
+	@$(BIN)/python -m pytest -m long -n $(TESTERS) --dist loadfile
 
 # A machine that runs other things beside, as CI's does, holds the generous limits alone.
 gate: setup

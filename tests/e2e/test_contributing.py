@@ -130,6 +130,7 @@ def test_training_takes_the_new_advantage_rule_and_engine(tree, tiny):
     assert any(row["reward/accuracy"] > 0 for row in steps)
 
 
+@pytest.mark.long
 def test_the_commands_do_what_they_say(tree, compiled):
     """All files of tests in one pytest, whose start is most of what they cost."""
     commands = [

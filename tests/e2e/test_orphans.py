@@ -14,7 +14,10 @@ from tiny_run import command, write_config
 
 from trainer.metrics import comparable, read_metrics
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a rank looks for its parent once a second")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a rank looks for its parent once a second"),
+    pytest.mark.long,
+]
 MORE = ("    steps: 2\n    context: 48", "    steps: 300\n    context: 48")
 """Nobody waits for its end."""
 GONE_SECONDS = 20

