@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"NAME {unknown[0]!r}: is no experiment; give all, or of {', '.join(EXPERIMENTS)}")
     options.size = QUICK if options.quick else FULL
     if options.seeds is not None:
-        options.size = Size(**{name: getattr(options.size, name) for name in Size.__slots__} | {"seeds": options.seeds})
+        options.size = replace(options.size, seeds=options.seeds)
     options.out = options.out or (options.work / "quick" if options.quick else OUT)
     if options.draw and (missing := [name for name in options.names if not (options.out / f"{name}.json").exists()]):
         raise InputError(f"{options.out / missing[0]}.json: missing; run the experiment first, without --draw")
@@ -96,7 +97,7 @@ def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) 
         "experiment": experiment.name,
         "question": experiment.question,
         "scale": f"{len(plan)} runs of {size.steps} steps × {size.groups} groups × {size.group_size}, up to {len(seeds)} seeds",
-        "size": {name: getattr(size, name) for name in Size.__slots__},
+        "size": asdict(size),
         "seconds": {"runs": round(sum(record["seconds"] for record in records), 1)},
         "machine": provenance(),
         "configuration": config(plan[0], Path("WORK")),

@@ -139,6 +139,17 @@ def paired(first: Sequence[Record], second: Sequence[Record], of: Callable[[Reco
     return Mean.of(of(record) - before[record["labels"]["seed"]] for record in second)
 
 
+def savings(arm: Sequence[Record], against: Sequence[Record], by: str) -> list[float]:
+    """Share of column `by` that `arm` did not need, seed by seed, to reach the highest training accuracy that both reached."""
+    base = {record["labels"]["seed"]: record for record in against}
+    found = []
+    for record in arm:
+        other = base[record["labels"]["seed"]]
+        level = min(peak(record), peak(other))
+        found.append(1 - reached(record, level, by) / reached(other, level, by))
+    return found
+
+
 def band(records: Sequence[Record], column: str, part: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """(mean, half of the 95 % interval) over the runs, step by step."""
     table = np.array([record[part][column] for record in records])

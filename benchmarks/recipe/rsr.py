@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.figures import curves, finish, over
 from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, Run, Size, Start
-from benchmarks.recipe.records import Mean, Record, final, labels_of, paired, peak, reached, where
+from benchmarks.recipe.records import Mean, Record, final, labels_of, paired, savings, where
 
 WITHOUT, WITH = "discarded", "RSR"
 ARMS = {
@@ -37,15 +37,8 @@ def runs(size: Size) -> list[Run]:
     ]  # fmt: skip
 
 
-def savings(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
-    """Share of raw prompts that `arm` did not need, seed by seed, to reach the highest training accuracy that both reached."""
-    base = {record["labels"]["seed"]: record for record in where(records, arm=against)}
-    found = []
-    for record in where(records, arm=arm):
-        other = base[record["labels"]["seed"]]
-        level = min(peak(record), peak(other))
-        found.append(1 - reached(record, level, "drawn") / reached(other, level, "drawn"))
-    return found
+def prompts_saved(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
+    return savings(where(records, arm=arm), where(records, arm=against), "drawn")
 
 
 def find(records: Sequence[Record]) -> Findings:
@@ -53,7 +46,7 @@ def find(records: Sequence[Record]) -> Findings:
     numbers = {}
     for arm in labels_of(records, "arm"):
         own = where(records, arm=arm)
-        saved = Mean.of(savings(records, arm)) if arm != WITHOUT else None
+        saved = Mean.of(prompts_saved(records, arm)) if arm != WITHOUT else None
         drawn = Mean.of(record["train"]["drawn"][-1] for record in own)
         table.append([
             arm, drawn.text(",.0f"), Mean.of(map(final, own)).text(".1%"),
@@ -63,8 +56,8 @@ def find(records: Sequence[Record]) -> Findings:
         ])  # fmt: skip
         numbers[arm] = {"drawn": drawn.mean, "pass_at_1": fmean(map(final, own))}
         if saved:
-            numbers[arm] |= {"saved": saved.mean, "half": saved.half if math.isfinite(saved.half) else None}
-    saved = Mean.of(savings(records, WITH))
+            numbers[arm] |= {"saved": [saved.mean, saved.half]}
+    saved = Mean.of(prompts_saved(records, WITH))
     fewer = 1 - numbers[WITH]["drawn"] / numbers[WITHOUT]["drawn"]
     said = [
         f"To reach the same training accuracy RSR drew {saved.text('.1%')} fewer raw prompts than DAPO that discards its surplus"
@@ -73,7 +66,7 @@ def find(records: Sequence[Record]) -> Findings:
     ]
     for arm in labels_of(records, "arm")[2:]:
         gain = paired(where(records, arm=WITH), where(records, arm=arm), final)
-        more = Mean.of(savings(records, arm, WITH))
+        more = Mean.of(prompts_saved(records, arm, WITH))
         said.append(
             f"{arm[0].upper()}{arm[1:]} against RSR: pass@1 {gain.text('+.1%')}, prompts saved {more.text('+.1%')}"
             + ("." if gain.sure or more.sure else ": no difference that is certain.")

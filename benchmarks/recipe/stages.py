@@ -16,7 +16,7 @@ from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.figures import curves, finish, over
 from benchmarks.recipe.length import FREE
 from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, Run, Size, Start
-from benchmarks.recipe.records import Mean, Record, final, labels_of, peak, reached, where
+from benchmarks.recipe.records import Mean, Record, final, labels_of, savings, where
 
 CONTEXTS = (64, 80, 112)
 SEEDS = 3
@@ -42,13 +42,7 @@ def find(records: Sequence[Record]) -> Findings:
             arm, Mean.of(record["train"]["tokens"][-1] for record in own).text(",.0f"),
             Mean.of(record["train"]["length"][-1] for record in own).text(".1f"), Mean.of(map(final, own)).text(".1%"),
         ])  # fmt: skip
-    base = {record["labels"]["seed"]: record for record in where(records, arm=LARGEST)}
-    shares = []
-    for record in where(records, arm=GROWING):
-        other = base[record["labels"]["seed"]]
-        reach = min(peak(record), peak(other))
-        shares.append(1 - reached(record, reach, "tokens") / reached(other, reach, "tokens"))
-    saved = Mean.of(shares)
+    saved = Mean.of(savings(where(records, arm=GROWING), where(records, arm=LARGEST), "tokens"))
     certain = "." if saved.sure or not math.isfinite(saved.half) else ", which is not certain."
     said = [f"To the same training accuracy, growing contexts sampled {saved.text('.1%')} fewer tokens{certain}"]
     return Findings(said, table, {"saved": saved.mean})

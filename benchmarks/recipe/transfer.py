@@ -42,7 +42,7 @@ def find(records: Sequence[Record]) -> Findings:
         ])  # fmt: skip
     away = {arm: Mean.of(abs(last_third(r["train"]["entropy"]) - TER["entropy_target"]) for r in where(records, arm=arm))
             for arm in ("GRPO", "GRPO + TER")}  # fmt: skip
-    saved = Mean.of(rsr.savings(records, "DAPO + RSR", "DAPO"))
+    saved = Mean.of(rsr.prompts_saved(records, "DAPO + RSR", "DAPO"))
     pairs = where(records, arm="DAPO + RSR"), where(records, arm="DAPO + RSR + PSHW")
     hard, whole = (paired(*pairs, lambda record, name=name: final(record, name)) for name in ("hard", "all"))
     said = [

@@ -28,8 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.recipe.plan import THREADS, Run, Start, config, warmup_config, write_yaml
 from benchmarks.recipe.task import write_task
 from rollout.environment import commit
-from rollout.errors import EngineError
+from rollout.errors import EngineError, RunStopped
 from rollout.run_lock import RunLock
+from trainer.metrics import METRICS_FILE, train_rows
 
 DONE = "done.json"
 
@@ -108,7 +109,7 @@ def warm_up(start: Start, work: Path) -> float:
 
 
 def train(run: Run, work: Path) -> float:
-    """Seconds."""
+    """Seconds. Raises RunStopped where the run was asked to stop before its last step: it is not done, and goes on next time."""
     from trainer.config_file import load_config
     from trainer.train import run_rank
 
@@ -116,9 +117,17 @@ def train(run: Run, work: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with _quiet(folder / "log"):
-        run_rank(load_config(write_yaml(work / "configs" / f"{run.key}.yaml", {"run": str(folder)} | config(run, work))))
+        settings = load_config(write_yaml(work / "configs" / f"{run.key}.yaml", {"run": str(folder)} | config(run, work)))
+        run_rank(settings)
+    check_finished(folder, settings.total_steps)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return _mark(folder, began)
+
+
+def check_finished(folder: Path, steps: int) -> None:
+    finished = len(train_rows(folder)) if (folder / METRICS_FILE).exists() else 0
+    if finished < steps:
+        raise RunStopped(f"{folder}: stopped after {finished} of {steps} steps; the same command goes on")
 
 
 def _mark(folder: Path, began: float) -> float:

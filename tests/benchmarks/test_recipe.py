@@ -19,6 +19,8 @@ from benchmarks.recipe.__main__ import EXPERIMENTS
 from benchmarks.recipe.plan import FULL, GRPO, QUICK, TER, Run, Start, config, warmup_config
 from benchmarks.recipe.records import Mean, last_third, paired, peak, reached, smoothed, where
 from benchmarks.recipe.task import BUCKETS, HELDOUT, PARTS, PLAIN, Wording, solve, write_task
+from benchmarks.recipe.work import check_finished
+from rollout.errors import RunStopped
 from trainer.config import RunConfig
 from trainer.config_file import load_config
 
@@ -157,8 +159,8 @@ def test_savings_are_of_the_level_that_both_reached():
     drawn = np.arange(1, 25)
     base = record(accuracy, (40.0 * drawn[:18]).tolist(), arm=rsr.WITHOUT)
     arm = record([*accuracy, *[0.9] * 6], (30.0 * drawn).tolist(), arm=rsr.WITH)
-    assert rsr.savings([base, arm], rsr.WITH) == pytest.approx([0.25])
-    assert rsr.savings([base, base | {"labels": {"arm": rsr.WITH, "seed": 1}}], rsr.WITH) == [0.0]
+    assert rsr.prompts_saved([base, arm], rsr.WITH) == pytest.approx([0.25])
+    assert rsr.prompts_saved([base, base | {"labels": {"arm": rsr.WITH, "seed": 1}}], rsr.WITH) == [0.0]
 
 
 def test_pairs_are_made_by_seed():
@@ -166,6 +168,16 @@ def test_pairs_are_made_by_seed():
     second = [record([0.4], [1.0], 2), record([0.3], [1.0], 1)]
     assert paired(first, second, lambda each: each["train"]["accuracy"][0] * each["labels"]["seed"]).mean == pytest.approx(0.4)
     assert where(first, seed=2) == [first[1]]
+
+
+def test_a_run_that_was_stopped_is_not_taken_for_done(tmp_path):
+    with pytest.raises(RunStopped, match="stopped after 0 of 2 steps"):
+        check_finished(tmp_path, 2)
+    rows = [{"kind": "eval", "step": 0}, {"kind": "train", "step": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunStopped, match="stopped after 1 of 2 steps; the same command goes on"):
+        check_finished(tmp_path, 2)
+    check_finished(tmp_path, 1)
 
 
 # the command
