@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def _all(name: str, what: Callable[[Any, Path], float], items: list[Any], work: 
         except BrokenProcessPool:
             raise EngineError(f"{work}: a worker ended in the middle of its {name}; see the newest {work}/runs/*/log") from None
         except BaseException:
-            pool.shutdown(cancel_futures=True, wait=False)
+            for worker in active_children():  # they would go on with what is queued; what they are at begins anew next time
+                worker.kill()
             raise
 
 

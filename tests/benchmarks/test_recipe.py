@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +25,8 @@ from benchmarks.recipe.__main__ import EXPERIMENTS
 from benchmarks.recipe.plan import FULL, GRPO, QUICK, TER, Run, Start, config, warmup_config
 from benchmarks.recipe.records import Mean, last_third, paired, peak, reached, smoothed, where
 from benchmarks.recipe.task import BUCKETS, HELDOUT, PARTS, PLAIN, Wording, solve, write_task
-from benchmarks.recipe.work import check_finished
-from rollout.errors import RunStopped
+from benchmarks.recipe.work import _all, check_finished
+from rollout.errors import EngineError, RunStopped
 from trainer.config import RunConfig
 from trainer.config_file import load_config
 
@@ -178,6 +184,37 @@ def test_a_run_that_was_stopped_is_not_taken_for_done(tmp_path):
     with pytest.raises(RunStopped, match="stopped after 1 of 2 steps; the same command goes on"):
         check_finished(tmp_path, 2)
     check_finished(tmp_path, 1)
+
+
+def slow(item: SimpleNamespace, work: Path) -> float:
+    """In a worker."""
+    (work / item.key).touch()
+    time.sleep(item.seconds)
+    return item.seconds
+
+
+def once_begun(folder: Path, do) -> None:
+    def watch():
+        while not list(folder.iterdir()):
+            time.sleep(0.05)
+        do()
+
+    Thread(target=watch, daemon=True).start()
+
+
+def test_an_interrupt_ends_the_workers_and_what_was_not_begun(tmp_path):
+    """Of the command alone, as a service manager sends it; on a terminal the workers get their own."""
+    once_begun(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        _all("runs", slow, [SimpleNamespace(key=str(number), seconds=20.0) for number in range(4)], tmp_path, jobs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert not active_children()
+
+
+def test_a_worker_that_is_killed_is_said(tmp_path):
+    once_begun(tmp_path, lambda: active_children()[0].kill())
+    with pytest.raises(EngineError, match="a worker ended in the middle of its runs"):
+        _all("runs", slow, [SimpleNamespace(key="0", seconds=20.0)], tmp_path, jobs=1)
 
 
 # the command
