@@ -25,7 +25,7 @@ from benchmarks.recipe import length, predictor, pshw, rsr, sensitivity, stages,
 from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.plan import FULL, QUICK, Run, Size, config
 from benchmarks.recipe.records import record_of
-from benchmarks.recipe.work import do
+from benchmarks.recipe.work import do, done
 from rollout.cli import Parser, number, run
 from rollout.environment import check_packages, provenance
 from rollout.errors import InputError
@@ -98,7 +98,10 @@ def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) 
         "question": experiment.question,
         "scale": f"{len(plan)} runs of {size.steps} steps × {size.groups} groups × {size.group_size}, up to {len(seeds)} seeds",
         "size": asdict(size),
-        "seconds": {"runs": round(sum(record["seconds"] for record in records), 1)},
+        "seconds": {
+            "runs": round(sum(record["seconds"] for record in records), 1),
+            "warm-ups": round(sum(done(work / "starts" / key)["seconds"] for key in {each.start.key for each in plan}), 1),
+        },
         "machine": provenance(),
         "configuration": config(plan[0], Path("WORK")),
         "changes": [{"labels": each.labels, "stages": list(each.stages), "context": each.context} for each in plan],
@@ -133,12 +136,13 @@ def tell(experiment: Experiment, file: Path) -> None:
 
 def markdown(content: dict[str, Any], findings: Findings) -> str:
     head, *rows = findings.table
-    machine, seconds = content["machine"], content["seconds"]["runs"]
+    machine, seconds = content["machine"], content["seconds"]
     lines = [f"# {content['question']}", "", *(f"- {sentence}" for sentence in findings.said), ""]
     lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines.append(
-        f"{content['scale']}; ±: 95 % of Student's t over seeds. {seconds:,.0f} s of training on {machine['cpu']}, a thread "
-        f"each; {machine['date']}, commit {machine['commit']}. `python -m benchmarks.recipe {content['experiment']}`"
+        f"{content['scale']}; ±: 95 % of Student's t over seeds. {seconds['warm-ups']:,.0f} s of warm-ups and "
+        f"{seconds['runs']:,.0f} s of runs (some shared with other experiments), each on one thread of {machine['cpu']}; "
+        f"{machine['date']}, commit {machine['commit']}. `python -m benchmarks.recipe {content['experiment']}`"
     )
     return "\n".join(lines) + "\n"
 

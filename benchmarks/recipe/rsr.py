@@ -1,7 +1,9 @@
 """What does Recent Sample Recovery save? (the paper's figure 4, in small)
 
-DAPO discards the surplus of a step; RSR lets it open the next step's batch. Beside them: a queue in which it waits as long as it
-takes (`recovery.max_age`), and RSR whose tokens are weighted by min(π_trainer / π_sampler, 2) (`objective.tis_cap`).
+DAPO discards the surplus of a step; RSR lets it open the next step's batch. Beside them RSR whose tokens are weighted by
+min(π_trainer / π_sampler, 2) (`objective.tis_cap`), and RSR against a queue in which a group waits as long as it takes
+(`recovery.max_age`), these two with rounds of 2 N questions: where a round has N, the surplus is smaller than N and opens the
+next batch whole, so that nothing ever expires and the two are the same.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -17,24 +20,31 @@ from benchmarks.recipe.figures import curves, finish, over
 from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, Run, Size, Start
 from benchmarks.recipe.records import Mean, Record, final, labels_of, paired, savings, where
 
-WITHOUT, WITH = "discarded", "RSR"
+WITHOUT, WITH, WEIGHTED = "discarded", "RSR", "RSR, importance weights"
+LARGE, QUEUE = "RSR, rounds of 2 N", "unbounded queue, rounds of 2 N"
 ARMS = {
-    WITHOUT: ({"enabled": False}, PSHW),
-    WITH: (RSR, PSHW),
-    "unbounded queue": (RSR | {"max_age": None}, PSHW),
-    "RSR, importance weights": (RSR, PSHW | {"tis_cap": 2.0}),
+    WITHOUT: (1, {"enabled": False}, PSHW),
+    WITH: (1, RSR, PSHW),
+    WEIGHTED: (1, RSR, PSHW | {"tis_cap": 2.0}),
+    LARGE: (2, RSR, PSHW),
+    QUEUE: (2, RSR | {"max_age": None}, PSHW),
 }
+"""Questions of a sampling round as a multiple of N, recovery, objective."""
 
 
 def runs(size: Size) -> list[Run]:
     return [
         Run(
             {"arm": arm, "seed": seed}, Start(seed, size.warmup), size,
-            ({"batch": DYNAMIC, "recovery": recovery, "objective": objective},),
+            ({"batch": batch(size, rounds), "recovery": recovery, "objective": objective},),
         )
-        for arm, (recovery, objective) in ARMS.items()
+        for arm, (rounds, recovery, objective) in ARMS.items()
         for seed in range(1, size.seeds + 1)
     ]  # fmt: skip
+
+
+def batch(size: Size, rounds: float) -> dict[str, Any]:
+    return DYNAMIC if rounds == 1 else DYNAMIC | {"prompts_per_round": max(1, round(rounds * size.groups))}
 
 
 def prompts_saved(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
@@ -64,11 +74,11 @@ def find(records: Sequence[Record]) -> Findings:
         + ("." if saved.sure or not math.isfinite(saved.half) else ", which is not certainly more than none.")
         + f" For the same number of steps it drew {fewer:.1%} fewer."
     ]
-    for arm in labels_of(records, "arm")[2:]:
-        gain = paired(where(records, arm=WITH), where(records, arm=arm), final)
-        more = Mean.of(prompts_saved(records, arm, WITH))
+    for arm, against in ((WEIGHTED, WITH), (QUEUE, LARGE)):
+        gain = paired(where(records, arm=against), where(records, arm=arm), final)
+        more = Mean.of(prompts_saved(records, arm, against))
         said.append(
-            f"{arm[0].upper()}{arm[1:]} against RSR: pass@1 {gain.text('+.1%')}, prompts saved {more.text('+.1%')}"
+            f"{arm[0].upper()}{arm[1:]}, against {against}: pass@1 {gain.text('+.1%')}, prompts saved {more.text('+.1%')}"
             + ("." if gain.sure or more.sure else ": no difference that is certain.")
         )
     return Findings(said, table, numbers)
@@ -84,13 +94,15 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
     over(panels[0][1], main, "drawn")
     finish(panels[0][2], "Raw prompts drawn", "step", "prompts so far")
     curves(panels[0][2], arms, "drawn")
-    panels[0][2].legend(loc="upper left")
-    finish(panels[1][0], "Accuracy over data, all four", "raw prompts drawn", "share right in training")
+    figure.legend(*panels[0][2].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+    finish(panels[1][0], "Accuracy over data, all five", "raw prompts drawn", "share right in training")
     over(panels[1][0], arms, "drawn")
     finish(panels[1][1], "Over-generation", "step", "groups sampled / groups trained on")
     curves(panels[1][1], arms, "over_generation", width=5)
     finish(panels[1][2], "Recovery buffer after a step", "step", "groups")
     curves(panels[1][2], arms, "buffer", width=5)
+    panels[1][2].set_yscale("symlog", linthresh=10)
+    panels[1][2].yaxis.set_major_formatter("{x:,.0f}")
 
 
 EXPERIMENT = Experiment("rsr", "What does recovering recent samples save?", runs, find, draw, (13.0, 7.0))

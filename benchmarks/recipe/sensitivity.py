@@ -13,6 +13,7 @@ from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.figures import finish, heat
 from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, TER, Run, Size, Start
 from benchmarks.recipe.records import Record, final, labels_of, last_third, where
+from benchmarks.recipe.rsr import batch
 from benchmarks.recipe.task import BUCKETS
 from benchmarks.recipe.ter import STARTS
 
@@ -45,8 +46,7 @@ def runs(size: Size) -> list[Run]:
         for capacity in corners(CAPACITIES):
             for share in corners(ROUNDS):
                 recovery = {"enabled": capacity != 0} | ({"capacity": capacity} if capacity else {})
-                batch = DYNAMIC | {"prompts_per_round": max(1, round(share * size.groups))}
-                stage = {"batch": batch, "recovery": recovery, "objective": PSHW}
+                stage = {"batch": batch(size, share), "recovery": recovery, "objective": PSHW}
                 add({"map": "buffer", "row": capacity, "column": share}, Start(seed, size.warmup), stage)
     return found
 

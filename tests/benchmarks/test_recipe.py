@@ -73,10 +73,16 @@ def test_a_key_is_the_training_and_not_its_name():
 
 def test_arms_differ_in_what_they_are_named_for_alone():
     runs = {run.labels["arm"]: config(run, Path("w"))["stages"][0] for run in rsr.runs(replace(FULL, seeds=1))}
-    base = runs.pop("discarded")
-    differ = {arm: {key for key in base if base[key] != stage[key]} for arm, stage in runs.items()}
-    assert differ == {"RSR": {"recovery"}, "unbounded queue": {"recovery"}, "RSR, importance weights": {"recovery", "objective"}}
-    assert runs["unbounded queue"]["recovery"]["max_age"] is None
+
+    def differ(arm, base):
+        return {key for key in runs[base] if runs[base][key] != runs[arm][key]}
+
+    assert differ(rsr.WITH, rsr.WITHOUT) == {"recovery"}
+    assert differ(rsr.WEIGHTED, rsr.WITH) == {"objective"}
+    assert differ(rsr.LARGE, rsr.WITH) == {"batch"}
+    assert differ(rsr.QUEUE, rsr.LARGE) == {"recovery"}
+    assert runs[rsr.LARGE]["batch"]["prompts_per_round"] == 2 * FULL.groups
+    assert runs[rsr.QUEUE]["recovery"]["max_age"] is None
 
 
 # the task
