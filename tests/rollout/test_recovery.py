@@ -7,7 +7,7 @@ feeds the collector rightly (test_sampler.py does).
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -141,6 +141,21 @@ def test_equals_algorithm_1_on_random_streams():
             seen.update({name: count > 0 for name, count in fates.items()})
     rare = {name: seen[name] for name in ("trained", "uniform", "recovered", "expired", "failed", "pending") if seen[name] < 100}
     assert not rare, f"the streams hardly exercise {rare}"
+
+
+def test_nothing_expires_where_a_round_brings_no_more_than_n():
+    """Then the surplus is below N, and a queue without bound is the same algorithm."""
+    expired = Counter()
+    for seed in range(300):
+        case = replace(Case.of(random.Random(seed)), steps=12, dynamic=True, recover=True, capacity=None, max_age=1)
+        small, large = (replace(case, prompts_per_round=rounds * case.needed) for rounds in (1, 3))
+        without_bound = keju(replace(small, max_age=None), seed)
+        for (batch, buffer, ledger, _), (other, *_) in zip(keju(small, seed), without_bound, strict=True):
+            assert len(buffer) < case.needed
+            assert ledger.expired == 0
+            assert [each.prompt.id for each in batch] == [each.prompt.id for each in other]
+        expired[list(keju(large, seed))[-1][2].expired > 0] += 1
+    assert expired[True] > 100, "where a round brings more, groups do expire"
 
 
 def test_one_round_is_sampled_even_where_the_buffer_fills_the_batch():
