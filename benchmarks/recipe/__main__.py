@@ -102,7 +102,7 @@ def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) 
             "runs": round(sum(record["seconds"] for record in records), 1),
             "warm-ups": round(sum(done(work / "starts" / key)["seconds"] for key in {each.start.key for each in plan}), 1),
         },
-        "machine": provenance(),
+        "machine": provenance() | {"commit": ", ".join(dict.fromkeys(record["commit"] for record in records))},
         "configuration": config(plan[0], Path("WORK")),
         "changes": [{"labels": each.labels, "stages": list(each.stages), "context": each.context} for each in plan],
         "found": {"said": findings.said, "table": findings.table, "numbers": finite(findings.numbers)},

@@ -44,8 +44,8 @@ def find(records: Sequence[Record]) -> Findings:
         }
         numbers[f"PSHW - {arm}"] = {name: [gain.mean, gain.half] for name, gain in gains.items()}
         said.append(
-            f"PSHW against {arm}: {gains['hard'].text('+.1%')} on the hardest problems, {gains['all'].text('+.1%')} on all"
-            + ("." if gains["hard"].sure or gains["all"].sure else ": no difference that is certain.")
+            f"PSHW against {arm} changes pass@1 by {gains['hard'].change()} on the hardest problems and by "
+            f"{gains['all'].change()} on all."
         )
     return Findings(said, table, numbers)
 

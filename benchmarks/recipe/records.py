@@ -121,7 +121,13 @@ class Mean:
         return abs(self.mean) > self.half
 
     def text(self, form: str = ".3f") -> str:
-        return f"{self.mean:{form}}" + (f" ± {self.half:{form}}" if math.isfinite(self.half) else "")
+        return f"{self.mean:{form}}" + (f" ± {self.half:{form.lstrip('+')}}" if math.isfinite(self.half) else "")
+
+    def change(self, scale: float = 100.0, unit: str = "points") -> str:
+        """As words: "+1.4 ± 4.4 points (not certain)"; points are hundredths of a share."""
+        if not math.isfinite(self.half):
+            return f"{scale * self.mean:+.1f} {unit}"
+        return f"{scale * self.mean:+.1f} ± {scale * self.half:.1f} {unit}" + ("" if self.sure else " (not certain)")
 
 
 def where(records: Sequence[Record], **labels: Any) -> list[Record]:

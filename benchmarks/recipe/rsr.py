@@ -68,18 +68,19 @@ def find(records: Sequence[Record]) -> Findings:
         if saved:
             numbers[arm] |= {"saved": [saved.mean, saved.half]}
     saved = Mean.of(prompts_saved(records, WITH))
-    fewer = 1 - numbers[WITH]["drawn"] / numbers[WITHOUT]["drawn"]
+    ends = ([record["train"]["drawn"][-1] for record in where(records, arm=arm)] for arm in (WITH, WITHOUT))
+    fewer = Mean.of(1 - own / other for own, other in zip(*ends, strict=True))
     said = [
         f"To reach the same training accuracy RSR drew {saved.text('.1%')} fewer raw prompts than DAPO that discards its surplus"
         + ("." if saved.sure or not math.isfinite(saved.half) else ", which is not certainly more than none.")
-        + f" For the same number of steps it drew {fewer:.1%} fewer."
+        + f" For the same number of steps it drew {fewer.text('.1%')} fewer."
     ]
     for arm, against in ((WEIGHTED, WITH), (QUEUE, LARGE)):
         gain = paired(where(records, arm=against), where(records, arm=arm), final)
         more = Mean.of(prompts_saved(records, arm, against))
         said.append(
-            f"{arm[0].upper()}{arm[1:]}, against {against}: pass@1 {gain.text('+.1%')}, prompts saved {more.text('+.1%')}"
-            + ("." if gain.sure or more.sure else ": no difference that is certain.")
+            f"{arm[0].upper()}{arm[1:]}, against {against}: pass@1 {gain.change()}; prompts saved at equal accuracy "
+            f"{more.change(unit='%')}."
         )
     return Findings(said, table, numbers)
 

@@ -71,8 +71,8 @@ def find(records: Sequence[Record]) -> Findings:
         mixed = paired(*pair, lambda record: last_third(record["train"]["mixed"]))
         numbers[f"TER - GRPO, {start}"] = {"pass_at_1": [gain.mean, gain.half], "mixed": [mixed.mean, mixed.half]}
         said.append(
-            f"From a start that is {start}, TER changes pass@1 by {gain.text('+.1%')} and the share of outputs that mix "
-            f"languages by {mixed.text('+.1%')}{'.' if gain.sure or mixed.sure else ': neither is certain.'}"
+            f"From a start that is {start}, TER against GRPO changes pass@1 by {gain.change()} and the share of outputs that mix "
+            f"languages by {mixed.change()}."
         )
     return Findings(said, table, numbers)
 

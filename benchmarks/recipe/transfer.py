@@ -47,9 +47,8 @@ def find(records: Sequence[Record]) -> Findings:
     hard, whole = (paired(*pairs, lambda record, name=name: final(record, name)) for name in ("hard", "all"))
     said = [
         f"TER: the last third's entropy is {away['GRPO + TER'].text()} from the target, {away['GRPO'].text()} without it.",
-        f"RSR: {saved.text('.1%')} fewer raw prompts to the same training accuracy" + ("." if saved.sure else "; not certain."),
-        f"PSHW: pass@1 {hard.text('+.1%')} on the hardest and {whole.text('+.1%')} on all against R - μ"
-        + ("." if hard.sure or whole.sure else "; neither is certain."),
+        f"RSR drew {saved.text('.1%')} fewer raw prompts to the same training accuracy{'' if saved.sure else ' (not certain)'}.",
+        f"PSHW against R - μ changes pass@1 by {hard.change()} on the hardest and by {whole.change()} on all.",
     ]
     numbers = {
         "entropy_miss": {arm: mean.mean for arm, mean in away.items()},

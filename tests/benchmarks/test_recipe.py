@@ -151,6 +151,13 @@ def test_a_mean_has_students_interval():
     assert not Mean.of([-1.0, 2.0]).sure
     assert Mean.of([1.0]).half == math.inf
     assert Mean.of([1.0]).text(".1f") == "1.0"
+    assert Mean.of([1.0, 3.0]).text("+.1f") == "+2.0 ± 12.7"
+
+
+def test_a_change_says_whether_it_is_certain():
+    assert Mean.of([-0.02, -0.021, -0.022]).change() == "-2.1 ± 0.2 points"
+    assert Mean.of([0.1, -0.1, 0.03]).change() == "+1.0 ± 25.2 points (not certain)"
+    assert Mean.of([0.3]).change(unit="%") == "+30.0 %"
 
 
 def test_a_level_is_reached_between_two_steps():
