@@ -82,6 +82,7 @@ def over(axes: Axes, arms: Mapping[str, Sequence[Record]], x: str, y: str = "acc
         axes.fill_between(at, mean - half, mean + half, color=shade, alpha=0.18, linewidth=0)
         axes.plot(at, mean, color=shade, label=name, linewidth=1.8)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
 
 
 def bars(axes: Axes, groups: Sequence[str], arms: Mapping[str, Sequence[Mean]]) -> None:

@@ -51,6 +51,12 @@ def prompts_saved(records: Sequence[Record], arm: str, against: str = WITHOUT) -
     return savings(where(records, arm=arm), where(records, arm=against), "drawn")
 
 
+def fewer_drawn(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
+    """Share of the prompts that `arm` did not draw in the same number of steps, seed by seed."""
+    ends = ([record["train"]["drawn"][-1] for record in where(records, arm=each)] for each in (arm, against))
+    return [1 - own / other for own, other in zip(*ends, strict=True)]
+
+
 def find(records: Sequence[Record]) -> Findings:
     table = [["surplus", "prompts drawn", "pass@1", "over-generation", "buffer, groups", "prompts saved at equal accuracy"]]
     numbers = {}
@@ -68,8 +74,7 @@ def find(records: Sequence[Record]) -> Findings:
         if saved:
             numbers[arm] |= {"saved": [saved.mean, saved.half]}
     saved = Mean.of(prompts_saved(records, WITH))
-    ends = ([record["train"]["drawn"][-1] for record in where(records, arm=arm)] for arm in (WITH, WITHOUT))
-    fewer = Mean.of(1 - own / other for own, other in zip(*ends, strict=True))
+    fewer = Mean.of(fewer_drawn(records, WITH))
     said = [
         f"To reach the same training accuracy RSR drew {saved.text('.1%')} fewer raw prompts than DAPO that discards its surplus"
         + ("." if saved.sure or not math.isfinite(saved.half) else ", which is not certainly more than none.")

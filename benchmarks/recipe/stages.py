@@ -6,7 +6,6 @@ for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -43,8 +42,7 @@ def find(records: Sequence[Record]) -> Findings:
             Mean.of(record["train"]["length"][-1] for record in own).text(".1f"), Mean.of(map(final, own)).text(".1%"),
         ])  # fmt: skip
     saved = Mean.of(savings(where(records, arm=GROWING), where(records, arm=LARGEST), "tokens"))
-    certain = "." if saved.sure or not math.isfinite(saved.half) else ", which is not certain."
-    said = [f"To the same training accuracy, growing contexts sampled {saved.text('.1%')} fewer tokens{certain}"]
+    said = [f"To the same training accuracy, growing contexts saved {saved.change(unit='%')} of the tokens sampled."]
     return Findings(said, table, {"saved": saved.mean})
 
 
@@ -58,6 +56,7 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
     curves(panels[1], arms, "length")
     finish(panels[2], "Truncated outputs", "step", "share")
     curves(panels[2], arms, "truncated")
+    panels[2].set_ylim(bottom=0)
 
 
 EXPERIMENT = Experiment("stages", "What do stages of growing context save?", runs, find, draw, (13.0, 4.4))

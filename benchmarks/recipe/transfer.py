@@ -42,12 +42,16 @@ def find(records: Sequence[Record]) -> Findings:
         ])  # fmt: skip
     away = {arm: Mean.of(abs(last_third(r["train"]["entropy"]) - TER["entropy_target"]) for r in where(records, arm=arm))
             for arm in ("GRPO", "GRPO + TER")}  # fmt: skip
+    price = paired(where(records, arm="GRPO"), where(records, arm="GRPO + TER"), final)
     saved = Mean.of(rsr.prompts_saved(records, "DAPO + RSR", "DAPO"))
+    fewer = Mean.of(rsr.fewer_drawn(records, "DAPO + RSR", "DAPO"))
     pairs = where(records, arm="DAPO + RSR"), where(records, arm="DAPO + RSR + PSHW")
     hard, whole = (paired(*pairs, lambda record, name=name: final(record, name)) for name in ("hard", "all"))
     said = [
-        f"TER: the last third's entropy is {away['GRPO + TER'].text()} from the target, {away['GRPO'].text()} without it.",
-        f"RSR drew {saved.text('.1%')} fewer raw prompts to the same training accuracy{'' if saved.sure else ' (not certain)'}.",
+        f"TER: the last third's entropy is {away['GRPO + TER'].text()} from the target, {away['GRPO'].text()} without it; "
+        f"against GRPO it changes pass@1 by {price.change()}.",
+        f"RSR saved {saved.change(unit='%')} of the raw prompts to the same training accuracy, and "
+        f"{fewer.change(unit='%')} for the same number of steps.",
         f"PSHW against R - μ changes pass@1 by {hard.change()} on the hardest and by {whole.change()} on all.",
     ]
     numbers = {

@@ -179,6 +179,7 @@ def test_savings_are_of_the_level_that_both_reached():
     base = record(accuracy, (40.0 * drawn[:18]).tolist(), arm=rsr.WITHOUT)
     arm = record([*accuracy, *[0.9] * 6], (30.0 * drawn).tolist(), arm=rsr.WITH)
     assert rsr.prompts_saved([base, arm], rsr.WITH) == pytest.approx([0.25])
+    assert rsr.fewer_drawn([base, arm], rsr.WITH) == pytest.approx([1 - 30 * 24 / (40 * 18)])
     assert rsr.prompts_saved([base, base | {"labels": {"arm": rsr.WITH, "seed": 1}}], rsr.WITH) == [0.0]
 
 
