@@ -51,8 +51,9 @@ def find(records: Sequence[Record]) -> Findings:
         outcomes = [of(record) for record in records]
         rank, chance = map(float, spearmanr(entropies, outcomes) if len(set(outcomes)) > 1 else (math.nan, math.nan))
         numbers[name] = {"spearman": rank, "p": chance}
+        shown = "< 0.001" if chance < 0.001 else f"{chance:.3f}"
         said.append(
-            f"Initial entropy and {name}: rank correlation {rank:+.2f} over {len(records)} runs (p {chance:.3f})"
+            f"Initial entropy and {name}: rank correlation {rank:+.2f} over {len(records)} runs (p {shown})"
             + (", as the paper saw." if rank > 0 and chance < 0.05 else ", the reverse of what the paper saw."
                if rank < 0 and chance < 0.05 else ": no certain relation.")
         )  # fmt: skip
