@@ -32,3 +32,5 @@ class Experiment:
     draw: Callable[[Figure, Sequence[Record]], None]
     figure: tuple[float, float] = (11.0, 6.4)
     """Inches."""
+    shown: str = "shaded or whiskers: 95 % of Student's t over seeds"
+    """What the figure's subtitle says of its spread."""

@@ -33,7 +33,7 @@ def draw(experiment: Experiment, file: Path) -> Path:
         machine, top = record["machine"], experiment.figure[1]
         figure.text(0.012, 1 - 0.09 / top, record["question"], fontsize=12, fontweight="bold", va="top")
         when = f"{machine['date']}, commit {machine['commit']}"
-        note = f"{record['scale']}; shaded or whiskers: 95 % of Student's t over seeds; {when}"
+        note = f"{record['scale']}; {experiment.shown}; {when}"
         figure.text(0.012, 1 - 0.31 / top, note, fontsize=8.5, color="#666666", va="top")
         path = file.with_suffix(".png")
         figure.savefig(path, metadata={"Software": None})

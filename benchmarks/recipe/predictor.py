@@ -72,5 +72,11 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
 
 
 EXPERIMENT = Experiment(
-    "entropy-predictor", "Does a base model's entropy foretell what RL makes of it?", runs, find, draw, (10.0, 4.4)
+    "entropy-predictor",
+    "Does a base model's entropy foretell what RL makes of it?",
+    runs,
+    find,
+    draw,
+    (10.0, 4.4),
+    "points: runs",
 )

@@ -122,4 +122,6 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
     heat(panels[2], [capacity_name(capacity) for capacity in capacities], [f"{share:g}" for share in rounds], drawn)
 
 
-EXPERIMENT = Experiment("sensitivity", "How much do the target, α and the buffer matter?", runs, find, draw, (13.0, 4.4))
+EXPERIMENT = Experiment(
+    "sensitivity", "How much do the target, α and the buffer matter?", runs, find, draw, (13.0, 4.4), "a cell: mean over seeds"
+)
