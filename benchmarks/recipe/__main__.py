@@ -24,8 +24,8 @@ from rich.table import Table
 from benchmarks.recipe import length, predictor, pshw, rsr, sensitivity, stages, ter, transfer
 from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.plan import FULL, QUICK, Run, Size, config
-from benchmarks.recipe.records import record_of
-from benchmarks.recipe.work import do, done
+from benchmarks.recipe.records import Record, record_of
+from benchmarks.recipe.work import do
 from rollout.cli import Parser, number, run
 from rollout.environment import check_packages, provenance
 from rollout.errors import InputError
@@ -45,11 +45,13 @@ def main(arguments: list[str]) -> int:
         began = time.perf_counter()
         do([each for plan in plans.values() for each in plan], options.work, options.jobs)
         options.out.mkdir(parents=True, exist_ok=True)
+        records = []
         for name, plan in plans.items():
             content = result(EXPERIMENTS[name], plan, options.size, options.work)
             replace_text(options.out / f"{name}.json", json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-        trained = {each.key for plan in plans.values() for each in plan}
-        print(f"{len(trained)} runs; {time.perf_counter() - began:.0f} s this time")
+            records += content["runs"]
+        spent = ", ".join(f"{what} {seconds:,.0f} s" for what, seconds in seconds_of(records).items())
+        print(f"on one thread each: {spent}; {time.perf_counter() - began:.0f} s this time")
     for name in options.names:
         tell(EXPERIMENTS[name], options.out / f"{name}.json")
     return 0
@@ -90,7 +92,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) -> dict[str, Any]:
-    records = [record_of(each, work / "runs" / each.key) for each in plan]
+    records = [record_of(each, work) for each in plan]
     seeds = {each.start.seed for each in plan}
     findings = experiment.find(records)
     return {
@@ -98,16 +100,20 @@ def result(experiment: Experiment, plan: Sequence[Run], size: Size, work: Path) 
         "question": experiment.question,
         "scale": f"{len(plan)} runs of {size.steps} steps × {size.groups} groups × {size.group_size}, up to {len(seeds)} seeds",
         "size": asdict(size),
-        "seconds": {
-            "runs": round(sum(record["seconds"] for record in records), 1),
-            "warm-ups": round(sum(done(work / "starts" / key)["seconds"] for key in {each.start.key for each in plan}), 1),
-        },
+        "seconds": seconds_of(records),
         "machine": provenance() | {"commit": ", ".join(dict.fromkeys(record["commit"] for record in records))},
         "configuration": config(plan[0], Path("WORK")),
         "changes": [{"labels": each.labels, "stages": list(each.stages), "context": each.context} for each in plan],
         "found": {"said": findings.said, "table": findings.table, "numbers": finite(findings.numbers)},
         "runs": records,
     }
+
+
+def seconds_of(records: Sequence[Record]) -> dict[str, float]:
+    """Of runs and warm-ups, each counted once."""
+    runs = {record["key"]: record["seconds"] for record in records}
+    starts = {record["start"]["key"]: record["start"]["seconds"] for record in records}
+    return {"runs": round(sum(runs.values()), 1), "warm-ups": round(sum(starts.values()), 1)}
 
 
 def finite(value: Any) -> Any:

@@ -25,6 +25,7 @@ COLUMNS = {
     "wrong": "length/wrong",
     "length": "length/mean",
     "drawn": "ledger/drawn",
+    "expired": "ledger/expired",
     "over_generation": "sampling/over_generation",
     "buffer": "recovery/size",
     "truncated": "verdict/truncated",
@@ -34,9 +35,10 @@ COLUMNS = {
 Record = dict[str, Any]
 
 
-def record_of(run: Run, folder: Path) -> Record:
-    """labels, key, seconds, commit, train: column → value of each step; eval: step and each bucket's pass@1 with "all", their
-    mean."""
+def record_of(run: Run, work: Path) -> Record:
+    """labels, key, seconds, commit, start: key and seconds of its warm-up, train: column → value of each step, eval: step and each
+    bucket's pass@1 with "all", their mean."""
+    folder = work / "runs" / run.key
     rows = read_metrics(folder)
     train = [row for row in rows if row["kind"] == "train"]
     points: dict[int, dict[str, float]] = {}
@@ -51,6 +53,7 @@ def record_of(run: Run, folder: Path) -> Record:
     whole = [fmean(points[step].values()) for step in steps]
     return {
         "labels": run.labels, "key": run.key, **done(folder),
+        "start": {"key": run.start.key, "seconds": done(work / "starts" / run.start.key)["seconds"]},
         "train": {name: rounded(values) for name, values in columns.items()},
         "eval": {"step": steps, **{name: rounded(values) for name, values in buckets.items()}, "all": rounded(whole)},
     }  # fmt: skip
@@ -123,11 +126,11 @@ class Mean:
     def text(self, form: str = ".3f") -> str:
         return f"{self.mean:{form}}" + (f" ± {self.half:{form.lstrip('+')}}" if math.isfinite(self.half) else "")
 
-    def change(self, scale: float = 100.0, unit: str = "points") -> str:
-        """As words: "+1.4 ± 4.4 points (not certain)"; points are hundredths of a share."""
+    def change(self, unit: str = "points") -> str:
+        """Of a share, in hundredths: "+1.4 ± 4.4 points (not certain)"."""
         if not math.isfinite(self.half):
-            return f"{scale * self.mean:+.1f} {unit}"
-        return f"{scale * self.mean:+.1f} ± {scale * self.half:.1f} {unit}" + ("" if self.sure else " (not certain)")
+            return f"{100 * self.mean:+.1f} {unit}"
+        return f"{100 * self.mean:+.1f} ± {100 * self.half:.1f} {unit}" + ("" if self.sure else " (not certain)")
 
 
 def where(records: Sequence[Record], **labels: Any) -> list[Record]:
@@ -139,18 +142,21 @@ def labels_of(records: Sequence[Record], name: str) -> list[Any]:
     return list(dict.fromkeys(record["labels"][name] for record in records))
 
 
+def by_seed(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The records of equal seed, in the order of `second`."""
+    known = {record["labels"]["seed"]: record for record in first}
+    return [(known[record["labels"]["seed"]], record) for record in second]
+
+
 def paired(first: Sequence[Record], second: Sequence[Record], of: Callable[[Record], float]) -> Mean:
     """Of second minus first, seed by seed."""
-    before = {record["labels"]["seed"]: of(record) for record in first}
-    return Mean.of(of(record) - before[record["labels"]["seed"]] for record in second)
+    return Mean.of(of(after) - of(before) for before, after in by_seed(first, second))
 
 
 def savings(arm: Sequence[Record], against: Sequence[Record], by: str) -> list[float]:
     """Share of column `by` that `arm` did not need, seed by seed, to reach the highest training accuracy that both reached."""
-    base = {record["labels"]["seed"]: record for record in against}
     found = []
-    for record in arm:
-        other = base[record["labels"]["seed"]]
+    for other, record in by_seed(against, arm):
         level = min(peak(record), peak(other))
         found.append(1 - reached(record, level, by) / reached(other, level, by))
     return found

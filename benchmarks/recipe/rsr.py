@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.figures import curves, finish, over
 from benchmarks.recipe.plan import DYNAMIC, PSHW, RSR, Run, Size, Start
-from benchmarks.recipe.records import Mean, Record, final, labels_of, paired, savings, where
+from benchmarks.recipe.records import Mean, Record, by_seed, final, labels_of, paired, savings, where
 
 WITHOUT, WITH, WEIGHTED = "discarded", "RSR", "RSR, importance weights"
 LARGE, QUEUE = "RSR, rounds of 2 N", "unbounded queue, rounds of 2 N"
@@ -53,8 +53,8 @@ def prompts_saved(records: Sequence[Record], arm: str, against: str = WITHOUT) -
 
 def fewer_drawn(records: Sequence[Record], arm: str, against: str = WITHOUT) -> list[float]:
     """Share of the prompts that `arm` did not draw in the same number of steps, seed by seed."""
-    ends = ([record["train"]["drawn"][-1] for record in where(records, arm=each)] for each in (arm, against))
-    return [1 - own / other for own, other in zip(*ends, strict=True)]
+    pairs = by_seed(where(records, arm=against), where(records, arm=arm))
+    return [1 - own["train"]["drawn"][-1] / other["train"]["drawn"][-1] for other, own in pairs]
 
 
 def find(records: Sequence[Record]) -> Findings:

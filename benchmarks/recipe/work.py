@@ -41,8 +41,8 @@ def do(runs: Iterable[Run], work: Path, jobs: int) -> None:
     starts = {run.start.key: run.start for run in runs.values()}
     work.mkdir(parents=True, exist_ok=True)
     with RunLock(work):
-        _all("warm-ups", warm_up, [start for start in starts.values() if not is_done(work / "starts" / start.key)], work, jobs)
-        _all("runs", train, [run for run in runs.values() if not is_done(work / "runs" / run.key)], work, jobs)
+        run_all("warm-ups", warm_up, [start for start in starts.values() if not is_done(work / "starts" / start.key)], work, jobs)
+        run_all("runs", train, [run for run in runs.values() if not is_done(work / "runs" / run.key)], work, jobs)
 
 
 def is_done(folder: Path) -> bool:
@@ -53,7 +53,7 @@ def done(folder: Path) -> dict[str, Any]:
     return json.loads((folder / DONE).read_text(encoding="utf-8"))
 
 
-def _all(name: str, what: Callable[[Any, Path], float], items: list[Any], work: Path, jobs: int) -> None:
+def run_all(name: str, what: Callable[[Any, Path], float], items: list[Any], work: Path, jobs: int) -> None:
     if not items:
         return
     console = Console(stderr=True)

@@ -25,7 +25,7 @@ from benchmarks.recipe.__main__ import EXPERIMENTS
 from benchmarks.recipe.plan import FULL, GRPO, QUICK, TER, Run, Start, config, warmup_config
 from benchmarks.recipe.records import Mean, last_third, paired, peak, reached, smoothed, where
 from benchmarks.recipe.task import BUCKETS, HELDOUT, PARTS, PLAIN, Wording, solve, write_task
-from benchmarks.recipe.work import _all, check_finished
+from benchmarks.recipe.work import check_finished, run_all
 from rollout.errors import EngineError, RunStopped
 from trainer.config import RunConfig
 from trainer.config_file import load_config
@@ -220,7 +220,7 @@ def test_an_interrupt_ends_the_workers_and_what_was_not_begun(tmp_path):
     """Of the command alone, as a service manager sends it; on a terminal the workers get their own."""
     once_begun(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        _all("runs", slow, [SimpleNamespace(key=str(number), seconds=20.0) for number in range(4)], tmp_path, jobs=1)
+        run_all("runs", slow, [SimpleNamespace(key=str(number), seconds=20.0) for number in range(4)], tmp_path, jobs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
     assert not active_children()
 
@@ -228,7 +228,7 @@ def test_an_interrupt_ends_the_workers_and_what_was_not_begun(tmp_path):
 def test_a_worker_that_is_killed_is_said(tmp_path):
     once_begun(tmp_path, lambda: active_children()[0].kill())
     with pytest.raises(EngineError, match="a worker ended in the middle of its runs"):
-        _all("runs", slow, [SimpleNamespace(key="0", seconds=20.0)], tmp_path, jobs=1)
+        run_all("runs", slow, [SimpleNamespace(key="0", seconds=20.0)], tmp_path, jobs=1)
 
 
 # the command
