@@ -36,8 +36,8 @@ Record = dict[str, Any]
 
 
 def record_of(run: Run, work: Path) -> Record:
-    """labels, key, seconds, commit, start: key and seconds of its warm-up, train: column → value of each step, eval: step and each
-    bucket's pass@1 with "all", their mean."""
+    """labels, key, seconds, commit, start: key and seconds of its warm-up, train: column → value of each step, eval: step and
+    each bucket's pass@1 with "all", their mean."""
     folder = work / "runs" / run.key
     rows = read_metrics(folder)
     train = [row for row in rows if row["kind"] == "train"]

@@ -23,7 +23,7 @@ import reasoning_gym
 from benchmarks.recipe import rsr, ter
 from benchmarks.recipe.__main__ import EXPERIMENTS
 from benchmarks.recipe.plan import FULL, GRPO, QUICK, TER, Run, Start, config, warmup_config
-from benchmarks.recipe.records import Mean, last_third, paired, peak, reached, smoothed, where
+from benchmarks.recipe.records import Mean, by_seed, last_third, paired, peak, reached, smoothed, where
 from benchmarks.recipe.task import BUCKETS, HELDOUT, PARTS, PLAIN, Wording, solve, write_task
 from benchmarks.recipe.work import check_finished, run_all
 from rollout.errors import EngineError, RunStopped
@@ -187,6 +187,7 @@ def test_pairs_are_made_by_seed():
     first = [record([0.1], [1.0], seed) for seed in (1, 2)]
     second = [record([0.4], [1.0], 2), record([0.3], [1.0], 1)]
     assert paired(first, second, lambda each: each["train"]["accuracy"][0] * each["labels"]["seed"]).mean == pytest.approx(0.4)
+    assert by_seed(first, second) == [(first[1], second[0]), (first[0], second[1])]
     assert where(first, seed=2) == [first[1]]
 
 
