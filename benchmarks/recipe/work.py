@@ -15,8 +15,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -62,7 +62,7 @@ def run_all(name: str, what: Callable[[Any, Path], float], items: list[Any], wor
         bar = progress.add_task(name, total=len(items))
         try:
             waiting = {pool.submit(what, item, work): item for item in items}
-            for number, future in enumerate(as_completed(waiting), start=1):
+            for number, future in enumerate(_as_completed(waiting), start=1):
                 seconds = future.result()
                 progress.advance(bar)
                 if not console.is_terminal:
@@ -74,6 +74,15 @@ def run_all(name: str, what: Callable[[Any, Path], float], items: list[Any], wor
             for worker in active_children():  # they would go on with what is queued; what they are at begins anew next time
                 worker.kill()
             raise
+
+
+def _as_completed(futures: Iterable[Future]) -> Iterator[Future]:
+    """`concurrent.futures.as_completed`, awake once a second: the system may give a signal to any thread, and Python acts on it
+    in the main one, which would sleep until some run is done."""
+    waiting = set(futures)
+    while waiting:
+        ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+        yield from ended
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,8 +217,9 @@ def once_begun(folder: Path, do) -> None:
 
 
 def test_an_interrupt_ends_the_workers_and_what_was_not_begun(tmp_path):
-    """Of the command alone, as a service manager sends it; on a terminal the workers get their own."""
-    once_begun(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
+    """Of the command alone, as a service manager sends it; on a terminal the workers get their own. The system gives it to the
+    watching thread, and the main one, which must act on it, stays asleep."""
+    once_begun(tmp_path, lambda: signal.pthread_kill(get_ident(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run_all("runs", slow, [SimpleNamespace(key=str(number), seconds=20.0) for number in range(4)], tmp_path, jobs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
