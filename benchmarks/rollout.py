@@ -26,12 +26,11 @@ from rich.table import Table
 
 from benchmarks.kernels.timing import orders, spread
 from rollout.engine import Decoding, Engine, Request, drain
+from rollout.engines import EngineOptions, Sampled, build
 from rollout.ranks import Ranks
 from trainer import cli
-from trainer.config import RunConfig
-from trainer.engines import build_engine
 from trainer.environment import provenance, version_of
-from trainer.model_folder import check_model_folder
+from trainer.model_folder import check_full_precision_folder
 from trainer.policy import load_causal_lm
 
 PLAIN = ", plain"
@@ -62,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 def folder_of(name: str, scratch: Path) -> Path:
     if name != "demo":
-        check_model_folder(Path(name))
+        check_full_precision_folder(Path(name))
         return Path(name)
     from trainer.demo_task import write_base_model, write_problems
 
@@ -101,29 +100,17 @@ def measure(folder: Path, name: str, options: argparse.Namespace) -> list[dict[s
 @contextmanager
 def started(kind: str, folder: Path, model: torch.nn.Module, options: argparse.Namespace) -> Any:
     """An engine with the model's weights."""
+    asked = EngineOptions(
+        kind.removesuffix(PLAIN),
+        max_sequences=max(options.batches),
+        threads=options.threads,
+        pack_weights=not kind.endswith(PLAIN),
+    )
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    tokens, end = options.prompt_tokens + options.new_tokens, [model.config.vocab_size - 1]
+    sampled = Sampled(folder, device, getattr(torch, options.dtype), tokens, end)
     with tempfile.TemporaryDirectory() as run:
-        config = RunConfig.model_validate(
-            {
-                "run": run,
-                "model": {"path": folder},
-                "engine": {
-                    "kind": kind.removesuffix(PLAIN),
-                    "pack_weights": not kind.endswith(PLAIN),
-                    "max_sequences": max(options.batches),
-                    "threads": options.threads,
-                },
-                "stages": [
-                    {
-                        "name": "benchmark",
-                        "steps": 1,
-                        "context": options.prompt_tokens + options.new_tokens,
-                        "data": {"train": {"path": "unused"}, "max_prompt_tokens": options.prompt_tokens},
-                    }
-                ],
-            }
-        )
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        engine = build_engine(config, Ranks(), device, getattr(torch, options.dtype), end_token_ids=[model.config.vocab_size - 1])
+        engine = build(asked, sampled, Ranks(), log=Path(run) / "vllm.log")
         try:
             engine.load(0, _Weights(model))
             yield engine

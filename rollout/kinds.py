@@ -1,8 +1,7 @@
 """The kinds of engine by name, for configurations and command lines: it imports nothing heavy.
 
 EMBEDDED is the one place that names an engine in the rank's own process: it samples a batch at once on a model of its own,
-neither streams nor samples beside the trainer, and has no prefix cache. The others need more to be built (`trainer.engines`,
-`rollout.evaluate.engines`).
+neither streams nor samples beside the trainer, and has no prefix cache. `rollout.engines` builds each kind.
 """
 
 from __future__ import annotations

@@ -269,8 +269,8 @@ class EvaluationConfig(Section):
 class ParallelConfig(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of a collective, and of whatever else has no shorter one of its own: a rank that gets nowhere for so long ends
-    the run with a report (docs/operations.md). Longer than engine.start_seconds and engine.silence_seconds, during which ranks
-    may wait for each other."""
+    the run with a report (docs/operations.md). Longer than the deadlines of a vLLM, during which ranks wait for each other:
+    engine.start_seconds, silence_seconds and sync_seconds."""
     shard_ranks: Positive | None = None
     """Ranks that share one copy of the model and its optimizer; neighbours, usually one server's. None: all of them. Fewer:
     every so many ranks hold a copy (HSDP), and only gradients travel between the servers."""
@@ -380,6 +380,7 @@ class RunConfig(Section):
                     + (f" on parallel.sequence_ranks {ranks}, so {tokens}," if ranks > 1 else "")
                     + f" is smaller than context {stage.context}: one sequence must fit; raise it"
                 )
+        self._check_deadlines()
         if self.engine.embedded and any(stage.batch.abort_surplus for stage in self.stages):
             raise ValueError("batch.abort_surplus needs an engine that streams: set engine.kind to vllm or vllm-server")
         for kind, names in (
@@ -396,6 +397,16 @@ class RunConfig(Section):
                     "and cursor; give them the same"
                 )
         return self
+
+    def _check_deadlines(self) -> None:
+        if self.engine.embedded:
+            return
+        longest = max(("start_seconds", "silence_seconds", "sync_seconds"), key=lambda name: getattr(self.engine, name))
+        if self.parallel.timeout_seconds <= (seconds := getattr(self.engine, longest)):
+            raise ValueError(
+                f"parallel.timeout_seconds {self.parallel.timeout_seconds:g} is not above engine.{longest} {seconds:g}: the "
+                "other ranks, which wait meanwhile, would end the run first; raise the one or lower the other"
+            )
 
 
 STAGE_SECTIONS = ("data", "sampling", "batch", "objective", "recovery", "actor")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rollout.cli import Parser
 from rollout.errors import InputError
-from rollout.model_folder import TOKENIZER_FILES, check_model_folder
+from rollout.model_folder import TOKENIZER_FILES
 from rollout.weights.folder import FolderWeights
 from rollout.weights.source import WeightSource
 from rollout.weights.wire import quantize
@@ -33,6 +33,7 @@ from trainer import cli
 from trainer.checkpoint_folder import complete_checkpoint, flush
 from trainer.checkpoint_weights import CheckpointWeights
 from trainer.config_file import load_config
+from trainer.model_folder import check_full_precision_folder
 
 FORMATS = ("base", "bfloat16", "float32", "fp8")
 FILE_BYTES = 4 << 30
@@ -76,10 +77,10 @@ def open_source(source: Path, step: int | None) -> tuple[WeightSource, Path, str
     if not (source / "config.yaml").exists():
         if step is not None:
             raise InputError(f"--step: {source} is no run folder (it has no config.yaml)")
-        check_model_folder(source)
+        check_full_precision_folder(source)
         return FolderWeights(source), source, str(source)
     base = load_config(source / "config.yaml", []).model.path
-    check_model_folder(base)
+    check_full_precision_folder(base)
     checkpoint = complete_checkpoint(source, step)
     return CheckpointWeights(checkpoint, tied=is_tied(base)), base, f"{source}, {checkpoint.name}"
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder, written again after training (`rollout.model_folder` checks and reads one)."""
+"""A Hugging Face model folder that is to be trained, and written again afterwards (`rollout.model_folder` reads one)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rollout.model_folder import TOKENIZER_FILES, check_model_folder
+from rollout.errors import InputError
+from rollout.model_folder import TOKENIZER_FILES, check_model_folder, is_quantized
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
 
-__all__ = ["check_model_folder", "save_model_folder"]
+
+def check_full_precision_folder(path: Path) -> None:
+    """`rollout.model_folder.check_model_folder`, for whatever needs the weights as numbers. Raises InputError, one line, where
+    they are quantized, too."""
+    check_model_folder(path)
+    if is_quantized(path):
+        raise InputError(
+            f"{path}/config.json: quantization_config: the weights are quantized, and can only be served; name the folder that "
+            "they were exported from"
+        )
 
 
 def save_model_folder(policy: Policy, source: Path, target: Path, *, first: bool) -> None:

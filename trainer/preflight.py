@@ -15,7 +15,7 @@ from rollout.reward.judge.verifier import check_endpoint
 from rollout.types import Prompt
 from trainer.config import JudgeConfig, PromptsFile, RunConfig
 from trainer.environment import check_packages
-from trainer.model_folder import check_model_folder
+from trainer.model_folder import check_full_precision_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Inputs:
 def check_run(config: RunConfig) -> Inputs:
     """Reads and checks all that the configuration names. Raises InputError, one line."""
     check_packages()
-    check_model_folder(config.model.path)
+    check_full_precision_folder(config.model.path)
     if any(stage.objective.kl_coefficient > 0 for stage in config.stages) and config.model.reference is not None:
-        check_model_folder(config.model.reference)
+        check_full_precision_folder(config.model.reference)
     check_engine(config)
     sources: dict[str, PromptSource] = {}
     for stage in config.stages:

@@ -22,7 +22,7 @@ from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
 from trainer.environment import check_packages
 from trainer.guards import Guard, fault_of
-from trainer.model_folder import check_model_folder, save_model_folder
+from trainer.model_folder import check_full_precision_folder, save_model_folder
 from trainer.preflight import read
 
 
@@ -47,7 +47,7 @@ def check(config: RunConfig, path: Path) -> list[Prompt]:
         raise InputError(
             f"{path}: warmup: missing; add this section (base, data, steps) or start training from model.path as it is"
         )
-    check_model_folder(config.warmup.base)
+    check_full_precision_folder(config.warmup.base)
     prompts = read(config.warmup.data)
     if (without := sum(prompt.solution is None for prompt in prompts)) == len(prompts):
         raise InputError(

@@ -176,7 +176,7 @@ def map_of(text: str) -> FieldMap | None:
 
 def settings_of(asked: Asked) -> dict[str, Any]:
     """All that decides the outcome, as JSON. Where the outputs come from one generator a batch, the batch's size does too."""
-    from rollout.evaluate.engines import dtype_of, engine_options
+    from rollout.evaluate.engines import dtype_of
     from rollout.reward.repetition import RepetitionLimits
 
     options = asked.options
@@ -186,7 +186,7 @@ def settings_of(asked: Asked) -> dict[str, Any]:
         "format": FORMAT,
         "model": fingerprint(options.model),
         "engine": options.engine,
-        "dtype": str(dtype_of(engine_options(options))).removeprefix("torch."),
+        "dtype": str(dtype_of(options.dtype)).removeprefix("torch."),
         **embedded,
         "template": asdict(asked.template),
         "decoding": decoding,
@@ -221,9 +221,8 @@ def engine_of(asked: Asked, note: Callable[[str], None], *, beyond: int = 0) -> 
     """Without weights; `run_on` pushes them. beyond: tokens that it takes beside the longest prompt and its response."""
     from rollout.evaluate import engines
 
-    options = asked.options
-    wanted, tokens = engines.engine_options(options), asked.max_tokens + beyond
-    return engines.build(wanted, options.model, tokens, asked.end_token_ids, asked.folder / "vllm.log", note)
+    tokens = asked.max_tokens + beyond
+    return engines.build(asked.options, tokens, asked.end_token_ids, asked.folder / "vllm.log", note)
 
 
 def run_on(engine: Engine, sync: WeightSync, asked: Asked, record: Record, show: Show) -> None:

@@ -103,6 +103,17 @@ def test_no_stages(write):
     assert "stages[0]: must be a section of keys" in refusal(write(head + "stages: [one]\n"))
 
 
+@pytest.mark.parametrize("name", ["start_seconds", "silence_seconds", "sync_seconds"])
+def test_ranks_wait_longer_than_a_vllm_may_take(write, name):
+    path = write(MINIMAL)
+    slow = f"engine.{name}=700"
+    load_config(path, ["engine.kind=vllm", slow, "parallel.timeout_seconds=701"])
+    assert refusal(path, "engine.kind=vllm", slow, "parallel.timeout_seconds=700").startswith(
+        f"{path}: parallel.timeout_seconds 700 is not above engine.{name} 700: the other ranks"
+    )
+    load_config(path, [slow, "parallel.timeout_seconds=700"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rollout.engine import Decoding, EngineError, Request
+from rollout.engines import visible_devices
 from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.vllm.group import GroupMember
@@ -30,10 +31,10 @@ def test_groups_do_not_reach_over_hosts(monkeypatch):
 
 def test_an_engine_sees_its_groups_devices(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert engines._visible(torch.device("cuda", 4), 2) == "4,5"
+    assert visible_devices(torch.device("cuda", 4), 2) == "4,5"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,GPU-a,GPU-b")
-    assert engines._visible(torch.device("cuda", 2), 2) == "GPU-a,GPU-b"
-    assert engines._visible(torch.device("cpu"), 2) is None
+    assert visible_devices(torch.device("cuda", 2), 2) == "GPU-a,GPU-b"
+    assert visible_devices(torch.device("cpu"), 2) is None
 
 
 class Loaded:

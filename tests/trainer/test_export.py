@@ -22,7 +22,8 @@ from trainer import export
 from trainer.checkpoint import Checkpoints, RunState
 from trainer.checkpoint_folder import complete_checkpoint
 from trainer.checkpoint_weights import CheckpointWeights
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, RunConfig
+from trainer.preflight import check_run
 
 
 def save(folder: Path, model: torch.nn.Module) -> Path:
@@ -124,6 +125,19 @@ def test_fp8_is_per_channel_and_leaves_embedding_head_norms_and_biases(tmp_path)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_what_is_quantized_is_served_only(tmp_path):
+    base = save(tmp_path / "base", causal_lm(tied=False))
+    export.main([str(base), "--out", str(tmp_path / "out"), "--format", "fp8"])
+    refused = r"out/config\.json: quantization_config: the weights are quantized, and can only be served"
+    with pytest.raises(InputError, match=refused):
+        export.main([str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    data = {"train": {"path": "x"}, "max_prompt_tokens": 32}
+    run = {"run": "r", "model": {"path": tmp_path / "out"}, "stages": [{"name": "one", "steps": 1, "context": 96, "data": data}]}
+    with pytest.raises(InputError, match=refused):
+        check_run(RunConfig.model_validate(run))
+    assert not (tmp_path / "again").exists()
 
 
 def test_bad_arguments_are_one_line(tmp_path):

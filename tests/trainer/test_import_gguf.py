@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trainer.model_folder import check_model_folder
+from rollout.model_folder import check_model_folder
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess:

@@ -47,10 +47,10 @@ def launch_checks(config: RunConfig, command: list[str], gpus: int, memory: int 
 
 
 def model(config: RunConfig) -> list[Finding]:
-    from trainer.model_folder import check_model_folder
+    from trainer.model_folder import check_full_precision_folder
 
     folder = _model_folder(config)
-    check_model_folder(folder)
+    check_full_precision_folder(folder)
     if folder == config.model.path:
         check_engine(config)
     elements = parameters(folder)
