@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.recipe import length, predictor, pshw, rsr, sensitivity, stages, ter, transfer
+from benchmarks.recipe import coefficient, length, predictor, pshw, rsr, sensitivity, stages, ter, transfer
 from benchmarks.recipe.experiment import Experiment, Findings
 from benchmarks.recipe.plan import FULL, QUICK, Run, Size, config
 from benchmarks.recipe.records import Record, record_of
@@ -32,7 +32,8 @@ from rollout.errors import InputError
 from trainer.metrics import replace_text
 
 EXPERIMENTS = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (ter, rsr, pshw, length, sensitivity, transfer, stages, predictor)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (ter, rsr, pshw, length, sensitivity, coefficient, transfer, stages, predictor)
 }
 OUT = Path("benchmarks/results/recipe")
 count = number("count", int, lambda value: value >= 1)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import reasoning_gym
 
-from benchmarks.recipe import rsr, ter
+from benchmarks.recipe import coefficient, rsr, ter
 from benchmarks.recipe.__main__ import EXPERIMENTS
 from benchmarks.recipe.plan import FULL, GRPO, QUICK, TER, Run, Start, config, warmup_config
 from benchmarks.recipe.records import Mean, by_seed, last_third, paired, peak, reached, smoothed, where
@@ -180,6 +180,16 @@ def test_savings_are_of_the_level_that_both_reached():
     assert rsr.prompts_saved([base, arm], rsr.WITH) == pytest.approx([0.25])
     assert rsr.fewer_drawn([base, arm], rsr.WITH) == pytest.approx([1 - 30 * 24 / (40 * 18)])
     assert rsr.prompts_saved([base, base | {"labels": {"arm": rsr.WITH, "seed": 1}}], rsr.WITH) == [0.0]
+
+
+def test_entropy_that_swings_about_its_target_is_not_at_it():
+    target = ter.TARGET
+    swinging = record([0.1] * 6, [1.0] * 6, entropy=[target + 0.2 * (-1) ** step for step in range(6)])
+    assert coefficient.distance(swinging) == pytest.approx(0.2)
+    falling = record([0.1] * 8, [1.0] * 8, entropy=[target + 0.3] * 3 + [target] * 5)
+    assert coefficient.distance(falling) == 0.0
+    assert coefficient.arrival(falling) == 6, "where five steps have no other in them: 0.3 / 5 is not near"
+    assert coefficient.arrival(record([0.1] * 4, [1.0] * 4, entropy=[target + 0.051] * 4)) == 5, "never"
 
 
 def test_pairs_are_made_by_seed():
