@@ -16,7 +16,7 @@ from benchmarks.recipe.records import Mean, Record, final, labels_of, last_third
 from benchmarks.recipe.ter import NEAR, STARTS, TARGET
 
 COEFFICIENTS = (0.06, 0.2, 0.6, 2.0)
-RATES = (LEARNING_RATE / 3, LEARNING_RATE, 3 * LEARNING_RATE)
+RATES = (5e-5, LEARNING_RATE, 4.5e-4)
 SEEDS = 2
 
 
