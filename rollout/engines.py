@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rollout.engine import Engine
+from rollout.errors import InputError
 from rollout.kinds import embedded_class
 from rollout.model_folder import is_quantized, load_causal_lm
 from rollout.ranks import Ranks
@@ -45,7 +46,8 @@ class EngineOptions:
     wire: str = "engine"
     chunk_mib: int = 64
     start_seconds: float = 600.0
-    silence_seconds: float = 300.0
+    silence_seconds: float | None = 300.0
+    """None: an embedded engine has no such deadline."""
     sync_seconds: float = 300.0
 
     @property
@@ -154,10 +156,17 @@ def _cache_bytes(options: EngineOptions, model: Sampled) -> int | None:
 
 
 def visible_devices(device: torch.device, count: int) -> str | None:
-    """The device and those behind it, `count` in all, as CUDA_VISIBLE_DEVICES names them; None for a CPU."""
+    """The device and those behind it, `count` in all, as CUDA_VISIBLE_DEVICES names them; None for a CPU. Raises InputError where
+    there are not so many."""
     if device.type != "cuda":
         return None
-    wanted = range(device.index, device.index + count)
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = listed.split(",") if listed else None
-    return ",".join(names[index] if names else str(index) for index in wanted)
+    names = listed.split(",") if listed else [str(index) for index in range(torch.cuda.device_count())]
+    wanted = names[device.index : device.index + count]
+    if len(wanted) < count:
+        where = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
+        raise InputError(
+            f"tensor parallel {count}: one engine's GPUs begin at number {device.index}, and this process sees {len(names)} "
+            f"({where}); show it more or ask for fewer"
+        )
+    return ",".join(wanted)

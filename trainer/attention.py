@@ -11,6 +11,7 @@ Registered with transformers as "keju_packed"; the model gets the `SequenceLayou
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,18 +47,25 @@ def attention_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = {
         "flash": able and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": able and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "varlen": able and has_varlen(),
         "sdpa": True,
     }
     if wanted == "auto":
         return next(kernel for kernel, there in installed.items() if there)
     if not installed[wanted]:
-        raise InputError(
-            f"model.attention: {wanted} needs "
-            + ("the package flash-attn" if able and wanted == "flash" else "a GPU and bfloat16" if not able else "torch 2.10")
-            + "; leave it out for the best that is there"
-        )
+        needed = {"flash": "the package flash-attn", "varlen": "a torch whose varlen_attn has enable_gqa"}
+        what = needed[wanted] if able else "a GPU and bfloat16"
+        raise InputError(f"model.attention: {wanted} needs {what}; leave it out for the best that is there")
     return wanted
+
+
+def has_varlen() -> bool:
+    """Whether this torch's own kernel knows all that is asked of it: the first ones had fewer arguments."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 @dataclass(frozen=True, slots=True)

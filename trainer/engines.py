@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -42,6 +42,8 @@ def build_engine(
     engine = config.engine
     if engine.kind == "vllm" and device.type == "cuda" and engine.one_step_off:
         raise InputError("engine.one_step_off: kind vllm shares this GPU with the training; set engine.kind to vllm-server")
+    if device.type == "cuda" and not engine.embedded and engine.sync_host is None:
+        check_allocator(os.environ)
     hosts = engine_hosts(config, ranks)
     alone = None
     if ranks.rank in hosts:
@@ -77,6 +79,16 @@ def engine_hosts(config: RunConfig, ranks: Ranks) -> range:
             "another number of ranks"
         )
     return range(0, ranks.size, together)
+
+
+def check_allocator(variables: Mapping[str, str]) -> None:
+    """Raises InputError, on every rank alike and before anything is loaded, where CUDA's memory cannot be shared with engines."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:True" in variables.get(name, ""):
+            raise InputError(
+                f"environment: {name} sets expandable_segments:True, from which no weights can be sent to an engine by CUDA IPC; "
+                "unset it"
+            )
 
 
 def _name(rank: int, together: int) -> str:

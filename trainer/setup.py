@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kernels.backend import loss_path
 from rollout.engine import Engine
+from rollout.errors import EngineError
 from rollout.ranks import Ranks
 from rollout.reward.correctness import Correctness
 from rollout.reward.judge.verifier import JudgeVerifier
@@ -66,7 +68,8 @@ class Parts:
 
 
 def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch.device, console: Any, watch: Watch) -> Parts:
-    """Everything but data. The verifier's processes and the engine's start first, beside the model's loading."""
+    """Everything but data. The verifier's processes and the engine's start first, beside the model's loading; on a GPU that they
+    share the engine's before it."""
     hosts = engine_hosts(config, ranks)
     judge = build_judge(config, ranks, console.note)
     rule = RuleVerifier(
@@ -77,6 +80,8 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
     end_token_ids = end_tokens(config.model.path, tokenizer)
     precision = precision_of(config.model, device)
     engine = build_engine(config, ranks, device, precision, end_token_ids, console.note)
+    if device.type == "cuda" and config.engine.kind == "vllm":
+        wait_for_engines(engine, ranks)
     reader = reader_of(tokenizer)
     reward = Reward(
         correctness,
@@ -117,6 +122,14 @@ def build_parts(config: RunConfig, ranks: Ranks, mesh: DeviceMesh, device: torch
         judge_seconds=lambda outputs: judge_seconds(config, outputs),
     )
     return Parts(actor, engine, sync, sampler, reader, correctness, judge, device, precision)
+
+
+def wait_for_engines(engine: Engine, ranks: Ranks) -> None:
+    """While it starts, a vLLM takes for its own whatever else fills its GPU, and makes its cache smaller by it; so no rank loads
+    anything meanwhile. One that does not start is started anew by the first push. A collective."""
+    with contextlib.suppress(EngineError):
+        engine.ready()
+    ranks.all_gather(None)
 
 
 def judge_seconds(config: RunConfig, outputs: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rollout.weights.sync import WeightSync
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
     """Of the command line."""
-    return EngineOptions(
+    found = EngineOptions(
         kind=options.engine,
         servers=tuple(options.server),
         sync_host=options.sync_host,
@@ -33,6 +34,8 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
         threads=options.threads or 1,
         tensor_parallel=options.tensor_parallel,
     )
+    # A prefill on a CPU may take longer than any deadline that is fair to a vLLM, and somebody watches.
+    return replace(found, silence_seconds=None) if found.kind in EMBEDDED else found
 
 
 def dtype_of(name: str) -> torch.dtype:

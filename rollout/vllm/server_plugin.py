@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import InputError
-from rollout.vllm.settings import kv_cache_bytes
+from rollout.vllm.settings import LEAST_FRACTION, kv_cache_bytes
 
 KEY_VARIABLE = "KEJU_API_KEY"
 OPEN_PATH = "/health"
@@ -80,7 +80,7 @@ def vllm_arguments(settings: ServeSettings, *, cpu: bool) -> list[str]:
         arguments["--quantization"] = settings.quantization
     cache = _cache_bytes(settings, dtype, cpu=cpu)
     if cache is not None:
-        arguments["--kv-cache-memory-bytes"] = str(cache)
+        arguments |= {"--kv-cache-memory-bytes": str(cache), "--gpu-memory-utilization": str(LEAST_FRACTION)}
     has_tokenizer = any((Path(settings.model) / name).exists() for name in TOKENIZER_FILES)
     token_route = "--enable-scale-out" if has_tokenizer else "--tokens-only"  # without a tokenizer there is nothing else
     flags = ["--enable-prefix-caching", "--disable-uvicorn-access-log", token_route]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+LEAST_FRACTION = 0.01
+"""What a vLLM whose cache has a given size is told of its GPU's memory: it then sizes nothing by it, and yet refuses to start
+where so much is not free. Its own default, 0.92, is never free beside a policy."""
 PACK_VARIABLE = "KEJU_PACK_WEIGHTS"
 """0: vLLM's linear layers on a CPU stay as they are loaded (`rollout.vllm.loading`). A variable, as vLLM's workers may be
 processes of their own."""
@@ -30,6 +33,12 @@ class VllmSettings:
     stored: bool = False
     """The folder's own weights as they are stored, quantized ones too; else random ones, until a push."""
     seed: int = 0
+
+    def memory_arguments(self) -> dict[str, float]:
+        """Of vLLM's EngineArgs."""
+        if self.kv_cache_bytes is None:
+            return {"gpu_memory_utilization": self.gpu_memory_fraction}
+        return {"kv_cache_memory_bytes": self.kv_cache_bytes, "gpu_memory_utilization": LEAST_FRACTION}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

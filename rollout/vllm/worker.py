@@ -60,9 +60,6 @@ class Worker:
         from rollout.vllm.transfer import BACKEND, EXTENSION, register
 
         register()
-        memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
-        if settings.kv_cache_bytes is not None:
-            memory = {"kv_cache_memory_bytes": settings.kv_cache_bytes}
         self._channel = channel
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
@@ -87,7 +84,7 @@ class Worker:
                 generation_config="vllm",  # not the folder's: it may hold a repetition penalty
                 disable_log_stats=True,
                 enable_sleep_mode=settings.sleep,
-                **memory,
+                **settings.memory_arguments(),
             )
         )
         self._version: int | None = None

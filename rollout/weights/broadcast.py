@@ -10,8 +10,10 @@ their deadline at the latest over NCCL.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -27,6 +29,7 @@ Backend = Literal["gloo", "nccl"]
 POLL_SECONDS = 1e-3
 OVER = "over"
 """The store's key that says that nobody need wait any more."""
+NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 UNHURRIED = timedelta(days=1)
 """NCCL's own timeout, whose end would be the process's; ours comes first."""
 
@@ -139,7 +142,20 @@ def _backend(meeting: Meeting, store: PrefixStore, rank: int, device: torch.devi
     torch.cuda.set_device(device)  # of this thread
     options = ProcessGroupNCCL.Options()
     options._timeout = UNHURRIED
-    return ProcessGroupNCCL(store, rank, meeting.world_size, options)
+    with _errors_left_to_us():
+        return ProcessGroupNCCL(store, rank, meeting.world_size, options)
+
+
+@contextlib.contextmanager
+def _errors_left_to_us() -> Iterator[None]:
+    """torch's watchdog ends the process where NCCL reports an error, as of a member that is gone, unless a group is made under
+    this setting (torchrun sets another)."""
+    before = os.environ.get(NCCL_ERRORS)
+    os.environ[NCCL_ERRORS] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(NCCL_ERRORS) if before is None else os.environ.update({NCCL_ERRORS: before})
 
 
 class BroadcastBuffer:

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from rollout.engine import Decoding, Request
 from rollout.errors import InputError
+from rollout.evaluate.cli import parser
+from rollout.evaluate.engines import build, engine_options
 from rollout.model_folder import fingerprint, load_causal_lm
 from rollout.transformers_engine import TransformersEngine
 from rollout.weights.folder import FolderWeights
@@ -58,6 +60,14 @@ def test_the_embedded_engine_samples_from_them(folder):
     samples = engine.generate([Request(prompts[0])], Decoding(20, greedy=True))
     agreed, total = greedy_agreement(tiny_qwen2(0, tied=False, vocabulary=96, layers=11), prompts, samples)
     assert agreed == total > 0
+
+
+def test_an_embedded_engine_may_take_as_long_as_it_needs(folder, tmp_path):
+    """Nobody but the person who started it waits, and a prefill on a CPU may take minutes."""
+    asked = parser().parse_args([str(folder), "--benchmarks", "x=y"])
+    engine, _ = build(asked, 64, [95], tmp_path / "log", print)
+    assert engine._silence_seconds is None
+    assert engine_options(parser().parse_args([str(folder), "--benchmarks", "x=y", "--engine", "vllm"])).silence_seconds == 300
 
 
 def test_a_tied_head_and_rotary_frequencies_are_left_out(folder):

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,9 @@ def test_vllm_is_told_what_rollouts_need(folder):
     assert "--enable-chunked-prefill" in gpu
     assert "--kv-cache-memory-bytes" not in gpu
     assert dict(itertools.pairwise(gpu))["--dtype"] == "bfloat16"
+    own_cache = dict(itertools.pairwise(vllm_arguments(replace(settings, kv_cache_gib=2.0), cpu=False)))
+    assert own_cache["--kv-cache-memory-bytes"] == str(2 << 30)
+    assert float(own_cache["--gpu-memory-utilization"]) < 0.05, "else vLLM asks for 92 % of the GPU all the same"
     loaded = ServeSettings(str(folder), "127.0.0.1", 8000, "auto", 1024, 16, None, 1, None, load=True)
     assert dict(itertools.pairwise(vllm_arguments(loaded, cpu=True)))["--load-format"] == "safetensors"
     assert ServeSettings.from_json(loaded.to_json()) == loaded

@@ -9,15 +9,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_weights_push import Source
+from torch.distributed import distributed_c10d
 
 from rollout.engine import EngineError
-from rollout.weights.broadcast import Broadcast, Meeting
+from rollout.weights.broadcast import Broadcast, Meeting, _backend
 from rollout.weights.push import Sender
 
 pytestmark = pytest.mark.timeout(180)
@@ -346,3 +349,24 @@ def test_a_meeting_is_checked_where_it_comes_in():
         Meeting("localhost", 1, 1, 2, "mpi", 1.0)
     with pytest.raises(ValueError, match="rank_offset: 2 is not below world_size 2"):
         Meeting("localhost", 1, 2, 2, "gloo", 1.0)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_a_group_over_nccl_does_not_end_the_process_where_a_member_is_gone(monkeypatch, before):
+    """torch reads the variable while the group is made; torchrun has set it to 1."""
+    seen = []
+
+    class Nccl:
+        def __init__(self, *arguments):
+            seen.append(os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
+
+        Options = SimpleNamespace
+
+    monkeypatch.setattr(distributed_c10d, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", before)
+    _backend(Meeting("localhost", 1, 0, 2, "nccl", 1.0), None, 0, torch.device("cuda", 0), timedelta(seconds=1))
+    assert seen == ["0"]
+    assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before

@@ -168,6 +168,9 @@ class TestGpuKernels:
     )
     def test_the_best_that_is_there(self, monkeypatch, device, dtype, packages, expected):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in packages else None)
+        for name in ("flash_attn", "torch.nn.attention.varlen"):
+            if name not in packages:
+                monkeypatch.setitem(sys.modules, name, None)
         assert attention_kernel("auto", torch.device(device), dtype) == expected
         for kernel, package in (("flash", "flash_attn"), ("varlen", "torch.nn.attention.varlen")):
             if device == "cuda" and dtype == torch.bfloat16 and package in packages:
@@ -176,3 +179,14 @@ class TestGpuKernels:
                 with pytest.raises(InputError, match=f"model.attention: {kernel} needs"):
                     attention_kernel(kernel, torch.device(device), dtype)
         assert attention_kernel("sdpa", torch.device(device), dtype) == "sdpa"
+
+    def test_a_varlen_that_does_not_know_what_it_is_asked_is_not_taken(self, monkeypatch):
+        def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...
+
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        cuda = torch.device("cuda")
+        assert attention_kernel("auto", cuda, torch.bfloat16) == "varlen"
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+        assert attention_kernel("auto", cuda, torch.bfloat16) == "sdpa"
+        with pytest.raises(InputError, match="varlen needs a torch whose varlen_attn has enable_gqa"):
+            attention_kernel("varlen", cuda, torch.bfloat16)
