@@ -3,15 +3,16 @@
     pip install --no-build-isolation --no-deps -e .        or        python setup.py build_ext --inplace
 
 The CPU row kernels are compiled once for each instruction set, with that set's flags and no other file's; which one runs is
-decided at run time (csrc/cpu/capability.cpp), so a build serves any x86-64 machine. CUDA sources join where torch has CUDA and
-nvcc is found, compiled for those of CUDA_TARGETS that this nvcc knows, whatever GPU is in the machine. Exits with code 2 and one
-line on stderr where there is no torch or no C++ compiler.
+decided at run time (csrc/cpu/capability.cpp), so a build serves any x86-64 machine. CUDA sources, which run on request alone,
+join where torch has CUDA and an nvcc of its major version is found, compiled for those of CUDA_TARGETS that this nvcc knows,
+whatever GPU is in the machine. Exits with code 2 and one line on stderr where there is no torch or no C++ compiler.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from setuptools import Extension, setup
 
 CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 ISA_FLAGS = {"baseline": []}
 """Flags of csrc/cpu/*_<instruction set>.cpp, on top of CXX_FLAGS."""
 if X86:
@@ -97,12 +98,30 @@ def nvcc_flags(nvcc: Path) -> list[str]:
     return ["-O3", "-std=c++17", *code, f"-gencode=arch=compute_{targets[0]},code=compute_{targets[0]}"]
 
 
+def fits_torch(nvcc: Path) -> bool:
+    """Whether CUDA sources can be built for this torch; one line on stderr where another CUDA's nvcc is in the way."""
+    if torch.version.cuda is None or not nvcc.exists():
+        return False
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is not None and found[1] == torch.version.cuda.partition(".")[0]:
+        return True
+    release = "an unknown CUDA" if found is None else f"CUDA {found[1]}.{found[2]}"
+    print(
+        f"keju: {nvcc} is of {release} and torch of {torch.version.cuda}: csrc/cuda, which runs on request alone, is left out; "
+        "set CUDA_HOME to a toolkit of torch's to have it",
+        file=sys.stderr,
+        flush=True,
+    )
+    return False
+
+
 def native_extension() -> Extension:
     per_isa = {path for isa in ("baseline", "avx2", "avx512") for path in CSRC.glob(f"cpu/*_{isa}.cpp")}
     sources = sorted(str(path) for path in CSRC.rglob("*.cpp") if path not in per_isa and path.parent.name != "cuda")
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     cuda_sources = sorted(str(path) for path in CSRC.glob("cuda/*") if path.suffix in (".cu", ".cpp"))
-    with_cuda = bool(cuda_sources) and torch.version.cuda is not None and nvcc.exists()
+    with_cuda = bool(cuda_sources) and fits_torch(nvcc)
     make = CUDAExtension if with_cuda else CppExtension
     return make(
         "kernels._native",

@@ -3,14 +3,14 @@
 #
 #     benchmarks/gpu.sh          results go to ${OUT:-benchmarks/results}
 #
-# Needs python3 with torch ≥ 2.11 and Triton ≥ 3.6, a C++ compiler and nvcc; no network, no .venv, no make. Wheels of peers in ./.whl
-# are installed beside (into a temporary folder, with nothing that they depend on). $COMMIT names what is measured where there is
-# no clone. Each stage has its own limit, the next one runs whatever happened, and the last lines are a summary; the exit code is
-# not 0 if any stage failed. STAGES="build tests" runs only these; some run only where they are named, for the time of all is more
-# than one command gets: "sync", a weight push beside a device copy (STAGES="build sync"), and "train_step", attention kernels
-# against fp64 and whole updates at 16K tokens (STAGES="peers build train_step"), which also needs transformers ≥ 5.17, accelerate,
-# pydantic and rich, and matplotlib for its pictures. SUITE_SECONDS is the suite's limit, within which gates whose cases were not
-# reached count as broken.
+# Needs python3 with torch ≥ 2.11 and Triton ≥ 3.6, pytest and hypothesis, a C++ compiler and nvcc; no network, no .venv, no make.
+# Wheels of peers in ./.whl are installed beside (into a temporary folder, with nothing that they depend on). $COMMIT names what
+# is measured where there is no clone. Each stage has its own limit, the next one runs whatever happened, and the last lines are a
+# summary; the exit code is not 0 if any stage failed. STAGES="build tests" runs only these; some run only where they are named,
+# for the time of all is more than one command gets: "sync", a weight push beside a device copy (STAGES="build sync"), and
+# "train_step", attention kernels against fp64 and whole updates at 16K tokens (STAGES="peers build train_step"), which also needs
+# transformers ≥ 5.17, accelerate, pydantic and rich, and matplotlib for its pictures. SUITE_SECONDS is the suite's limit, within
+# which gates whose cases were not reached count as broken.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1

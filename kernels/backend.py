@@ -17,6 +17,9 @@ from typing import Literal, get_args
 
 Backend = Literal["triton", "cuda", "native", "reference"]
 
+COMPILED = {"native": "logprob_entropy_forward", "cuda": "logprob_entropy_forward_cuda"}
+"""Of csrc: backend → an operation that is there where it is built."""
+
 _forced: Backend | None = None
 
 
@@ -24,11 +27,16 @@ _forced: Backend | None = None
 def use(backend: Backend) -> Iterator[None]:
     """Forces one implementation for every operation in the block, in this process: for tests and benchmarks.
 
-    float64 stays with the reference. Raises ValueError for a name that is none.
+    float64 stays with the reference. Raises ValueError for a name that is none, RuntimeError for compiled operations that are not
+    built.
     """
     global _forced
     if backend not in get_args(Backend):
         raise ValueError(f"backend: {backend!r} is none of {', '.join(get_args(Backend))}")
+    if backend in COMPILED and not (has_native() and _has_operation(COMPILED[backend])):
+        raise RuntimeError(
+            f"backend {backend}: csrc is not built for it here; build it with: pip install --no-build-isolation --no-deps -e ."
+        )
     before, _forced = _forced, backend
     try:
         yield
@@ -67,6 +75,10 @@ def has_native() -> bool:
         )
         return False
     return True
+
+
+def _has_operation(name: str) -> bool:
+    return hasattr(importlib.import_module("torch").ops.keju, name)
 
 
 @functools.cache

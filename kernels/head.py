@@ -1,8 +1,8 @@
 """The output head over chunks of rows: what `linear_logprob_entropy` and `linear_policy_loss` have in common.
 
-One buffer holds a chunk's logits in fp32, then their gradient. Where Triton runs and the weight is narrower than fp32, the
-gradient moves to the upper half of each row (triton_rows.narrowed) and d_hidden is formed in the lower half, so a chunk costs its
-fp32 logits and nothing else:
+One buffer holds a chunk's logits in fp32, then their gradient. Where Triton runs and both inputs are bf16, the gradient moves to
+the upper half of each row (triton_rows.narrowed) and d_hidden is formed in the lower half, so a chunk costs its fp32 logits and
+nothing else:
 
     row of the buffer   | columns × fp32 logits                                   |
     afterwards          | d_hidden, fp32          | columns × bf16 d_logits        |
@@ -33,7 +33,8 @@ class Head:
             shapes = f"{list(hidden_TD.shape)} and {list(weight_VD.shape)}"
             raise ValueError(f"hidden_TD, weight_VD: expected [T, D] and [V, D], got {shapes}")
         inputs = torch.promote_types(hidden_TD.dtype, weight_VD.dtype)
-        self.wide = torch.promote_types(inputs, torch.float32)
+        self.wide = wide_dtype(hidden_TD, weight_VD)
+        self.d_hidden_TD = hidden_TD.new_empty(0) if d_weight_dtype is None else torch.empty_like(hidden_TD)
         if hidden_TD.is_cuda:
             hidden_TD, weight_VD = hidden_TD.to(inputs), weight_VD.to(inputs)
         self.hidden_TD, self.weight_VD = hidden_TD, weight_VD
@@ -50,7 +51,6 @@ class Head:
             self._buffer = hidden_TD.new_empty(shape, dtype=self.wide)
         self._d_weight_dtype = d_weight_dtype
         if d_weight_dtype is not None:
-            self.d_hidden_TD = torch.empty_like(hidden_TD)
             make = weight_VD.new_zeros if tokens == 0 else weight_VD.new_empty
             self._d_weight_VD = make(weight_VD.shape, dtype=self.wide)
 
@@ -62,10 +62,12 @@ class Head:
             yield rows, logits_RV
 
     def gradient_memory(self, rows: slice) -> Tensor:
-        """Where a chunk's d_logits [R, V] belong: over the logits, or narrowed in the upper halves of their rows."""
+        """Where a chunk's d_logits [R, V] belong: over the logits, or narrowed to bf16 in the upper halves of their rows. Not to
+        fp16, in which a token's share of a mean over 16K tokens is nothing."""
         from kernels.triton_rows import narrowed
 
-        dtype = self.wide if self.hidden_TD.dtype != self.weight_VD.dtype else self.weight_VD.dtype
+        both_bf16 = self.hidden_TD.dtype == self.weight_VD.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if both_bf16 else self.wide
         return narrowed(self._buffer[: rows.stop - rows.start], len(self.weight_VD), dtype)
 
     def add(self, rows: slice, d_logits_RV: Tensor) -> None:
@@ -80,7 +82,8 @@ class Head:
         self.d_hidden_TD[rows] = d_hidden_RD
 
     def d_weight(self) -> Tensor:
-        """The sum, in the dtype that was asked for. The buffer is given up, so that both do not exist at once."""
+        """The sum, in the dtype that was asked for. The buffer is given up, so that both do not exist at once: the caller has let
+        go of its chunks' logits and gradients."""
         del self._buffer
         return self._d_weight_VD.to(self._d_weight_dtype)
 
@@ -95,11 +98,25 @@ def chunk_rows(tokens: int, row_bytes: int, device_type: str) -> int:
     return max(1, min(most, -(-rows // 128) * 128) if most >= 128 else rows)
 
 
-def gradient_dtype(weight_VD: Tensor) -> torch.dtype:
-    """The dtype its gradient is to have: `weight.grad_dtype` (torch ≥ 2.10) where a leaf sets one, else its own.
+def wide_dtype(hidden_TD: Tensor, weight_VD: Tensor) -> torch.dtype:
+    """In which values are computed and sums are kept: fp32, or fp64 where an input is."""
+    return torch.promote_types(torch.promote_types(hidden_TD.dtype, weight_VD.dtype), torch.float32)
 
-    float32 there spares the rounding of d_weight to bf16, and the memory of the rounded copy.
+
+def check_tokens(hidden_TD: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless each, by the name of its argument, holds one number a token: a kernel on a GPU would read on."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != hidden_TD.shape[:1]:
+            raise ValueError(f"{name}: expected {list(hidden_TD.shape[:1])}, one a token, got {list(tensor.shape)}")
+
+
+def gradient_dtype(weight_VD: Tensor) -> torch.dtype:
+    """The dtype its gradient is to have: `weight.grad_dtype` (torch ≥ 2.10) where a leaf sets one, else its own; fp32 where a
+    leaf sets None, which takes any.
+
+    float32 spares the rounding of d_weight to bf16, and the memory of the rounded copy.
     """
     if torch.compiler.is_compiling() or not weight_VD.is_leaf:
         return weight_VD.dtype
-    return getattr(weight_VD, "grad_dtype", None) or weight_VD.dtype
+    wanted = getattr(weight_VD, "grad_dtype", weight_VD.dtype)
+    return torch.promote_types(weight_VD.dtype, torch.float32) if wanted is None else wanted

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.head import Head, gradient_dtype
+from kernels.head import Head, check_tokens, gradient_dtype, wide_dtype
 from kernels.logprob_entropy import logprob_entropy_backward_, logprob_entropy_forward, temperature_tensor
 
 
@@ -27,6 +27,7 @@ def linear_logprob_entropy(
     Returns (logprob_T, entropy_T), fp32 (fp64 for fp64), nats. d_weight is summed over chunks in fp32 and has the dtype
     `head.gradient_dtype` says. Errors as `logprob_entropy`'s.
     """
+    check_tokens(hidden_TD, labels_T=labels_T)
     temperature = temperature_tensor(temperature, len(labels_T), hidden_TD)
     logprob_T, entropy_T, _ = _forward(hidden_TD, weight_VD, labels_T, temperature, gradient_dtype(weight_VD))
     return logprob_T, entropy_T
@@ -74,12 +75,13 @@ def _backward(
         else:
             d_logits_RV = logprob_entropy_backward_(logits_RV, *arguments)
         head.add(rows, d_logits_RV)
+    logits_RV = d_logits_RV = None
     return head.d_hidden_TD, head.d_weight()
 
 
 @_forward.register_fake
-def _(hidden_TD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+def _(hidden_TD: Tensor, weight_VD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = wide_dtype(hidden_TD, weight_VD)
     rows = hidden_TD.shape[0]
     return tuple(hidden_TD.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (3, rows)))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.clipped_policy_loss import clipped_sums
-from kernels.head import Head, gradient_dtype
+from kernels.head import Head, check_tokens, gradient_dtype, wide_dtype
 from kernels.linear_logprob_entropy import rows_of
 from kernels.logprob_entropy import backend_of, logprob_entropy_backward_, logprob_entropy_forward, temperature_tensor
 from kernels.reference import IGNORE
@@ -70,9 +70,12 @@ def linear_policy_loss(hidden_TD: Tensor, weight_VD: Tensor, inputs: PolicyLossI
     """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64; never holds [T, V]. d_weight is summed in fp32.
 
     Gradients are formed in the forward where grad mode is on, and given out by ONE backward; a second raises RuntimeError.
-    d_weight has the dtype `head.gradient_dtype` says: fp32 where a bf16 leaf sets grad_dtype to it, else the weight's.
+    d_weight has the dtype `head.gradient_dtype` says: fp32 where a bf16 leaf sets grad_dtype to it, else the weight's. Raises
+    ValueError for shapes that do not fit.
     """
-    wide = torch.promote_types(torch.promote_types(hidden_TD.dtype, weight_VD.dtype), torch.float32)
+    names = ("labels_T", "old_logprob_T", "advantage_T", "weight_T", "ref_logprob_T")
+    check_tokens(hidden_TD, **{name: getattr(inputs, name) for name in names})
+    wide = wide_dtype(hidden_TD, weight_VD)
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     old_T, advantage_T, weight_T = (x.detach().to(wide) for x in (inputs.old_logprob_T, inputs.advantage_T, inputs.weight_T))
     loss, sums_8, logprob_T, entropy_T, *_ = _loss(
@@ -129,6 +132,7 @@ def _loss(
             d_entropy_R = torch.full_like(entropy_R, entropy_weight)
             head.add(rows, logprob_entropy_backward_(
                 logits_RV, labels_T[rows], temperature_R, logprob_R, saved_3R, d_logprob_R, d_entropy_R))  # fmt: skip
+    logits_RV = d_logits_RV = None
     sums_7, _ = clipped_sums(logprob_T, old_logprob_T, advantage_T, weight_T, *scalars, ref_logprob_T, kl_coefficient)
     entropy_sum = entropy_T.sum()
     loss = sums_7[0] + entropy_weight * entropy_sum
@@ -140,7 +144,7 @@ def _loss(
 
 @_loss.register_fake
 def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(torch.promote_types(hidden_TD.dtype, weight_VD.dtype), torch.float32)
+    wide = wide_dtype(hidden_TD, weight_VD)
     values = tuple(hidden_TD.new_empty(shape, dtype=wide) for shape in ((), (8,), hidden_TD.shape[:1], hidden_TD.shape[:1]))
     if not rest[-2]:
         return *values, *(hidden_TD.new_empty(0, dtype=wide) for _ in range(2))

@@ -94,12 +94,15 @@ def _checked(logits_TV: Tensor, labels_T: Tensor, temperature: Temperature) -> t
 
 
 def temperature_tensor(temperature: Temperature, rows: int, like: Tensor) -> Tensor:
-    """The temperature as [1] or [rows] on like's device. Raises ValueError for another shape or a number that is not positive."""
+    """The temperature as [1] or [rows] on like's device, to which one number is brought. Raises ValueError for another shape, for
+    rows on another device, or for a number that is not positive."""
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().reshape(-1)
         if temperature.shape[0] not in (1, rows):
             raise ValueError(f"temperature: expected a scalar or [{rows}], got {list(temperature.shape)}")
-        return temperature
+        if temperature.numel() > 1 and temperature.device != like.device:
+            raise ValueError(f"temperature: lies on {temperature.device}, the rest on {like.device}; bring it there")
+        return temperature.to(like.device)
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     # A GPU's kernels take it in fp32: converting it there would be fp64 work.

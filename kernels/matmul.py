@@ -2,8 +2,9 @@
 
     logits = hidden · weight^T       d_hidden = d_logits · weight       d_weight += d_logits^T · hidden
 
-On CUDA two bf16 or fp16 inputs go to the tensor cores as they are (`out_dtype`, torch ≥ 2.8). On a CPU, whose bf16 GEMM rounds
-its result, they are widened first, which is exact; the weight a tile of rows at a time, so that it is never in fp32 as a whole.
+On CUDA two bf16 or fp16 inputs go to the tensor cores as they are (`out_dtype`, torch ≥ 2.11 for all of these). On a CPU, whose
+bf16 GEMM rounds its result, they are widened first, which is exact; the weight a tile of rows at a time, so that it is never in
+fp32 as a whole.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -85,7 +87,8 @@ def test_what_runs_where(monkeypatch, device_type, dtype, chosen):
 
 
 @pytest.mark.parametrize("forced", ["triton", "cuda", "native", "reference"])
-def test_a_forced_backend_is_taken_but_for_what_it_cannot_do(forced):
+def test_a_forced_backend_is_taken_but_for_what_it_cannot_do(forced, monkeypatch):
+    monkeypatch.setattr(backend, "COMPILED", {})  # whatever is built here
     with backend.use(forced):
         assert backend.choose("cpu", "float32") == backend.choose("cpu", "bfloat16") == backend.loss_path() == forced
         assert backend.choose("cpu", "float64") == "reference"
@@ -95,7 +98,7 @@ def test_a_forced_backend_is_taken_but_for_what_it_cannot_do(forced):
 
 def test_forcing_nests_and_ends_with_its_block_even_in_an_error():
     outside = backend.loss_path()
-    with pytest.raises(KeyError), backend.use("cuda"):
+    with pytest.raises(KeyError), backend.use("triton"):
         raise KeyError
     assert backend.loss_path() == outside
     with backend.use("reference"):
@@ -111,3 +114,29 @@ def test_an_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match=r"backend: .* is none of triton, cuda, native, reference"), backend.use(name):
         pass
     assert backend.loss_path() == outside
+
+
+def test_what_is_not_built_cannot_be_forced(without):
+    without("kernels._native", backend.has_native)
+    for name in ("native", "cuda"):
+        with (
+            pytest.warns(RuntimeWarning) if name == "native" else contextlib.nullcontext(),
+            pytest.raises(RuntimeError, match=f"backend {name}: csrc is not built for it here; build it with: pip install"),
+            backend.use(name),
+        ):
+            pass
+
+
+@pytest.mark.skipif(not backend.has_native(), reason="kernels._native is not built")
+def test_a_forced_backend_is_loaded():
+    """Nothing else need have asked for it in this process before."""
+    asked = (
+        "import torch\n"
+        "from kernels import backend\n"
+        "from kernels.logprob_entropy import logprob_entropy\n"
+        "with backend.use('native'):\n"
+        "    print(logprob_entropy(torch.zeros(1, 4), torch.tensor([0]))[1].exp().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(4.0)

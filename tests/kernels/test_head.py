@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from head_problems import Problem, by_definition, by_head, close, largest_error, problem
 from kernel_paths import REFERENCE, TRITON, Path, set_chunk_rows
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import head, matmul
+from kernels.head import Head
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.linear_policy_loss import linear_policy_loss
 from kernels.triton_rows import narrowed
@@ -156,6 +160,54 @@ def test_an_fp32_gradient_of_a_bf16_weight_is_the_bf16_one_before_its_rounding(p
         gradients.append(weight_VD.grad)
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32]
     assert torch.equal(gradients[1].bfloat16(), gradients[0])
+
+
+@pytest.mark.parametrize("which", ["policy", "logprob"])
+def test_a_weight_that_takes_any_gradient_gets_the_sum(path: Path, which):
+    """grad_dtype None, as for weights in bf16 whose gradients are kept in fp32."""
+    hidden_TD, weight_VD, inputs = path.place(tuple(problem(dtype=torch.bfloat16)))
+    weight_VD.requires_grad_().grad_dtype = None
+    if which == "policy":
+        linear_policy_loss(hidden_TD, weight_VD, inputs).loss.backward()
+    else:
+        linear_logprob_entropy(hidden_TD, weight_VD, inputs.labels_T)[0].sum().backward()
+    assert weight_VD.grad.dtype == torch.float32
+    assert not torch.equal(weight_VD.grad.bfloat16().float(), weight_VD.grad), "it was not rounded on its way"
+
+
+@pytest.mark.parametrize("which", ["policy", "logprob"])
+def test_the_logits_are_gone_when_the_sum_is_rounded(path: Path, which, monkeypatch):
+    """Nobody's loop variable holds the buffer; three times as much as d_weight in bf16 for a vocabulary of 152K."""
+    gone = []
+
+    def d_weight(self: Head) -> Tensor:
+        buffer = StorageWeakRef(self._buffer.untyped_storage())
+        result = rounded(self)
+        gc.collect()  # of Triton's interpreter's last launch
+        gone.append(buffer.expired())
+        return result
+
+    rounded = Head.d_weight
+    monkeypatch.setattr(Head, "d_weight", d_weight)
+    hidden_TD, weight_VD, inputs = path.place(tuple(problem(dtype=torch.bfloat16)))
+    leaves = hidden_TD.requires_grad_(), weight_VD.requires_grad_()
+    if which == "policy":
+        linear_policy_loss(*leaves, inputs).loss.backward()
+    else:
+        linear_logprob_entropy(*leaves, inputs.labels_T)[0].sum().backward()
+    assert gone == [True]
+
+
+def test_fp16_does_not_lose_a_small_share_of_a_mean(path: Path):
+    """A token of 16,384: its d_logits are mostly below fp16's smallest number, and the scale of the loss comes after them."""
+    given_problem = problem(dtype=torch.float16, shape=(8, 16, 2000), weight_0=False)
+    inputs = replace(given_problem.inputs, weight_T=torch.full((8,), 1 / 16384))
+    given_problem = given_problem._replace(inputs=inputs)
+    hidden_TD, weight_VD, inputs = path.place(tuple(given_problem))
+    hidden_TD.requires_grad_()
+    (65536 * linear_policy_loss(hidden_TD, weight_VD, inputs).loss).backward()
+    exact = 65536 * by_definition(given_problem.double())[1]
+    assert (hidden_TD.grad.cpu().double() - exact).norm() <= 2e-3 * exact.norm()
 
 
 class Returned(TorchDispatchMode):

@@ -268,3 +268,16 @@ def test_without_gradient_the_same_numbers(path: Path):
     logprob_T, entropy_T = linear_logprob_entropy(hidden_TD, weight_VD, labels_T)
     assert torch.equal(logprob_T.cpu(), expected.logprob_T), "what scores and what trains agree: a ratio of exactly 1"
     assert torch.equal(entropy_T.cpu(), expected.entropy_T)
+
+
+@pytest.mark.parametrize("name", ["labels_T", "old_logprob_T", "advantage_T", "weight_T", "ref_logprob_T"])
+@pytest.mark.parametrize("length", [1, 9, 11])
+def test_a_number_too_few_is_no_neighbours_number(path: Path, name, length):
+    """A kernel that is given an address alone would read what lies behind."""
+    hidden_TD, weight_VD, inputs = path.place(tuple(problem(dtype=torch.float32)))
+    long_T = torch.cat([getattr(inputs, name)] * 2)
+    with pytest.raises(ValueError, match=rf"^{name}: expected \[10\], one a token, got \[{length}\]"):
+        linear_policy_loss(hidden_TD, weight_VD, replace(inputs, **{name: long_T[:length]}))
+    if name == "labels_T":
+        with pytest.raises(ValueError, match=rf"^labels_T: expected \[10\], one a token, got \[{length}\]"):
+            linear_logprob_entropy(hidden_TD, weight_VD, long_T[:length])

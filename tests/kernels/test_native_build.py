@@ -66,3 +66,26 @@ def test_cuda_sources_are_built_for_the_targets_nvcc_knows(tmp_path, monkeypatch
         assert "compiles for none of sm_80, sm_90" in capsys.readouterr().err
     else:
         assert [flag.rsplit("code=")[-1] for flag in nvcc_flags(nvcc) if flag.startswith("-gencode")] == code
+
+
+@pytest.mark.parametrize(
+    ("said", "torch_cuda", "built"), [("12.4", "12.8", True), ("12.4", "13.0", False), ("13.0", "13.0", True)]
+)
+def test_another_cudas_compiler_leaves_the_cuda_sources_out(tmp_path, monkeypatch, capsys, said, torch_cuda, built):
+    """torch's build would end in a traceback, and the CPU kernels with it."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {said}, V{said}.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_arguments: None)
+    monkeypatch.setattr("torch.version.cuda", torch_cuda)
+    assert runpy.run_path("setup.py")["fits_torch"](nvcc) == built
+    line = capsys.readouterr().err
+    assert line == "" if built else line.startswith(f"keju: {nvcc} is of CUDA {said} and torch of {torch_cuda}: csrc/cuda")
+
+
+def test_the_standard_that_the_sources_need_is_named(monkeypatch):
+    """torch's own default was C++17 up to 2.11."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_arguments: None)
+    assert "-std=c++20" in runpy.run_path("setup.py")["CXX_FLAGS"]

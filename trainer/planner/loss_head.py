@@ -1,7 +1,7 @@
 """What the loss head takes beside its results while it runs: `kernels.head.Head`, whose inside no dispatch mode sees.
 
     forward alone    the buffer of one chunk's logits, fp32 [R, V]
-    with gradient    the buffer and d_weight's fp32 sum [V, D]; in bf16 both are there still when that sum becomes the result
+    with gradient    the buffer and d_weight's fp32 sum [V, D]; in bf16 the buffer is gone when that sum becomes the result
 
 On a GPU a bf16 d_logits lies in the buffer and so does d_hidden; otherwise d_hidden of a chunk is a tensor of its own. On a CPU
 bf16 inputs are widened: a chunk's hidden states, and the weight in tiles.
@@ -30,9 +30,9 @@ def workspace_bytes(hidden_TD: Tensor, weight_VD: Tensor, device_type: str, *, w
     widened = chunk + max(2 * tile, tile + tile // hidden * rows) if narrow and not on_gpu else 0
     if not with_gradient:
         return buffer + widened
-    d_hidden = 0 if on_gpu and narrow and hidden <= columns // 2 else chunk
+    d_hidden = 0 if on_gpu and inputs == torch.bfloat16 and hidden <= columns // 2 else chunk
     total = weight_VD.numel() * wide.itemsize
     dtype = gradient_dtype(weight_VD)
     if dtype == wide:
         return buffer + max(d_hidden, widened)  # the sum is the result
-    return total + buffer + max(0, max(d_hidden, widened) - weight_VD.numel() * dtype.itemsize)
+    return total + max(0, buffer + max(d_hidden, widened) - weight_VD.numel() * dtype.itemsize)
