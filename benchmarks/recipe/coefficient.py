@@ -68,9 +68,9 @@ def find(records: Sequence[Record]) -> Findings:
         for column, rate in enumerate(rates)
     }
     said = [
-        f"Over the last third of {steps} steps entropy is on average within {NEAR} of the target {TARGET} "
-        + "; ".join(f"at a learning rate of {rate} with {' and '.join(each) or 'no coefficient'}" for rate, each in held.items())
-        + f" (coefficients tried: {', '.join(f'{each:g}' for each in coefficients)}).",
+        f"Coefficients, of {', '.join(f'{each:g}' for each in coefficients)}, with which entropy is on average within {NEAR} of "
+        f"the target {TARGET} over the last third of {steps} steps: "
+        + "; ".join(f"at a learning rate of {rate} {', '.join(each) or 'none'}" for rate, each in held.items()) + ".",
         "pass@1 at the end, mean over coefficients: "
         + ", ".join(f"learning rate {rate:g} {accuracy[:, column].mean():.1%}" for column, rate in enumerate(rates))
         + "; mean over learning rates: "
