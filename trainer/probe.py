@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from rollout.weights.sync import Score
@@ -25,6 +26,8 @@ def policy_scorer(policy: Policy, device: torch.device) -> Score:
         ]
         batch = collate(sequences, device, Attention(policy.attention.kernel))
         logprob_R, _ = policy(batch, lambda hidden, weight: linear_logprob_entropy(hidden, weight, batch.labels_R))
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # else the root stays whole, beside an engine that samples
         ends = np.cumsum([len(response) for response in responses])
         return np.split(logprob_R.float().cpu().numpy(), ends[:-1])
 
