@@ -44,6 +44,7 @@ def process_group(
         torch.cuda.set_device(device)
     shape = mesh_shape(size, shard_ranks)
     store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
+    failed = True
     try:
         with fresh_store(store, rank, size) as fresh:
             board = StoreBoard(fresh, rank, size) if size > 1 else None
@@ -56,9 +57,10 @@ def process_group(
         for name in mesh.mesh_dim_names if size > 1 else ():  # these know torch's own: 10 minutes for NCCL
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
         yield Ranks(rank, size, objects, board, *(() if watch is None else (watch.main,))), mesh, device
+        failed = False
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized() and not (failed and cuda):
+            dist.destroy_process_group()  # over NCCL it waits for ranks that may sit in a collective for ever
 
 
 def mesh_shape(ranks: int, shard_ranks: int | None) -> tuple[int, ...]:

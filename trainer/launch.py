@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.deadline import EXIT_HUNG
-from rollout.errors import InputError
+from rollout.errors import InputError, RunStopped
 from rollout.process import command_line, die_with
 from trainer.hang_report import Health
-from trainer.report_writer import report_paths
+from trainer.report_writer import health_path, report_paths
 from trainer.watch import STOP_FILE
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
+ENDS_OF_ITS_OWN = ("RunStopped", "InputError")
 END_SECONDS = 60
 """Beyond the deadline of a stop: for its report."""
 
@@ -69,6 +70,21 @@ def first_rank() -> bool:
 def first_start() -> bool:
     """Whether this is no restart by torchrun."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+def refuse_restart(run: Path) -> None:
+    """torchrun starts its ranks anew after any end but a good one. Raises RunStopped where the last end was the run's own: what
+    stopped it is still there, and only a person can say that it shall go on."""
+    if first_start():
+        return
+    for number in range(world_size()):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            end = Health.from_json(health_path(run, number).read_text(encoding="utf-8")).end.removeprefix("ended: ")
+            if end in ENDS_OF_ITS_OWN:
+                raise RunStopped(
+                    f"{run}: not started again: it stopped of its own, for what rank {number} said above ({end}); mend that and "
+                    "give the command yourself"
+                )
 
 
 def die_with_torchrun() -> None:

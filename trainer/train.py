@@ -47,6 +47,7 @@ def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> in
 
     options: of a launch whose memory has not been checked yet.
     """
+    launch.refuse_restart(config.run)
     watch = Watch(
         config.run,
         launch.rank(),
