@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rollout.deadline import Deadline
@@ -150,6 +151,8 @@ class WeightSync:
     def _restart(self, failed: Sequence[str | None]) -> None:
         error = None
         if failed[self._ranks.rank] is not None:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # a new engine has only what is free
             try:
                 self._engine.restart()
             except EngineError as lost:

@@ -218,6 +218,21 @@ def test_every_failed_rank_is_named_and_restarted():
     assert [rank.engine.calls.count("restart") for rank in ranks] == [1, 0, 1]
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_an_engine_finds_free_what_the_policy_does_not_use(monkeypatch, on_gpu):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
+
+    class Restarted(Engine):
+        def restart(self):
+            order.append("restart")
+            super().restart()
+
+    WeightSync(Restarted(0, ["load"]), Source(None), Ranks()).push(5)
+    assert order == (["given back", "restart"] if on_gpu else ["restart"])
+
+
 def test_a_restart_that_fails_raises_on_every_rank():
     def before(rank: Rank, number: int) -> None:
         rank.engine.restart_fails = number == 1
