@@ -21,7 +21,7 @@ from rollout.engine import Decoding, EngineError, Progress, Request, drain
 from rollout.errors import InputError
 from rollout.types import Sample
 from rollout.vllm.engine import Deadlines
-from rollout.vllm.server_client import Call, ServerClient, ServerFault, open_session
+from rollout.vllm.server_client import Call, Output, ServerClient, ServerFault, open_session
 from rollout.vllm.server_fleet import PROBE_SECONDS, Fleet, Server
 from rollout.weights.push import Sender
 from rollout.weights.source import WeightSource
@@ -104,12 +104,27 @@ class ServerEngine:
 
     def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> ServerGeneration:
         """See `rollout.engine.Engine.submit`."""
-        if self._version is None:
-            raise EngineError("vllm-server: the servers' weights are of no known version; a push must come first")
+        self._known_version()
         self._end_generation()
         self._wait_for(self._fleet.begin())
         self._generation = ServerGeneration(self, requests, decoding, progress)
         return self._generation
+
+    @property
+    def places(self) -> int:
+        """See `rollout.engine.Several`."""
+        return len(self._fleet.servers)
+
+    def sample_each(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, list[Sample]]:
+        """See `rollout.engine.Several`. A server that took the weights and samples nothing is marked, as by a failed push."""
+        version = self._known_version()
+        if self._rank != 0:
+            return {}
+        self._end_generation()
+        calls = [Call.of(request, decoding, self._end_token_ids, self._weights(version)) for request in requests]
+        outputs = self._wait_for(self._fleet.sample_each(calls))
+        self._tell()
+        return {url: [_sample(output, version) for output in each] for url, each in outputs.items()}
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
         """All at once, in order."""
@@ -138,6 +153,11 @@ class ServerEngine:
         self._loop.close()
         if self._sender is not None:
             self._sender.close()
+
+    def _known_version(self) -> int:
+        if self._version is None:
+            raise EngineError("vllm-server: the servers' weights are of no known version; a push must come first")
+        return self._version
 
     def _weights(self, version: int) -> str:
         """What a server with this version calls its weights. A fresh one says "default"."""
@@ -259,8 +279,7 @@ class ServerGeneration:
     async def _work(self, place: int, call: Call, cost: int) -> None:
         try:
             output = await self._engine._fleet.sample(call, cost, self._count)
-            token_ids, logprobs = output.arrays()
-            self._finished.put((place, Sample(token_ids, logprobs, output.finish_reason, self._version)))
+            self._finished.put((place, _sample(output, self._version)))
         except EngineError as error:
             self._finished.put(error)
         except Exception as error:
@@ -332,6 +351,11 @@ class _Receiver:
             return self._engine._wait_for(self._server.client.call(method, path, self._seconds, body))
         except ServerFault as fault:
             raise EngineError(f"{self.name}: {fault}") from fault
+
+
+def _sample(output: Output, version: int) -> Sample:
+    token_ids, logprobs = output.arrays()
+    return Sample(token_ids, logprobs, output.finish_reason, version)
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:

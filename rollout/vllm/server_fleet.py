@@ -102,6 +102,24 @@ class Fleet:
             server.pushed = server.holds
             server.fault = None if server in servers else server.last
 
+    async def sample_each(self, calls: Sequence[Call]) -> dict[str, list[Output]]:
+        """By address, the outputs of each server with the version, all calls at each. While none succeeds they are asked again,
+        for `patience` seconds. Those that fail get no outputs until a push. Raises EngineError where all do."""
+        await self.settle()
+        end = time.monotonic() + self._patience
+        for pause in pauses():
+            servers = [server for server in self.servers if server.holds is not None]
+            tried = await asyncio.gather(*(self._sample_all(server, calls) for server in servers))
+            found = {server.url: outputs for server, outputs in zip(servers, tried, strict=True) if outputs is not None}
+            if found or not servers or time.monotonic() + pause > end:
+                break
+            await asyncio.sleep(pause)
+        for server in servers:
+            server.holds = server.holds if server.url in found else None
+        if not found:
+            raise self.error("no server that took the weights samples from them")
+        return found
+
     async def begin(self) -> None:
         """A generation starts: asks the servers for their version, before one samples thousands of tokens from another."""
         await self.settle()
@@ -201,15 +219,28 @@ class Fleet:
         else:
             server.fault = None
 
+    async def _sample_all(self, server: Server, calls: Sequence[Call]) -> list[Output] | None:
+        """One after the other, so that the later ones meet what the first left in the prefix cache. None: it failed."""
+        try:
+            outputs = [await server.client.sample(call, lambda _: None) for call in calls]
+        except ServerFault as fault:
+            self._blame(server, fault)
+            return None
+        server.fault = None
+        return outputs
+
     def _mark(self, server: Server, fault: ServerFault) -> None:
+        self._blame(server, fault)
+        if not any(each.usable for each in self.servers):
+            self._seek_rescue()
+
+    def _blame(self, server: Server, fault: ServerFault) -> None:
         server.last = str(fault)
         if server.usable:
             self._say(f"{server.url}: {fault}; its outputs go to others")
             server.fault = str(fault)
         if fault.stale:
             server.holds = None
-        if not any(each.usable for each in self.servers):
-            self._seek_rescue()
 
     def _seek_rescue(self) -> None:
         if self._alone_since is None:
