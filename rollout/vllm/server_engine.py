@@ -36,9 +36,10 @@ class ServerEngine:
     urls: base addresses of all servers, the same on every rank. version_prefix: the run's own, the same on every rank and another
     one in each process start, so that no server passes for one with this run's weights. sender: on rank 0, who pushes; the other
     ranks need none. concurrency: outputs that this rank has at one server at once; over all ranks no more than the server's
-    --max-sequences, or those that wait there look silent. patience: seconds to ask on where no server is left. api_key_env: the
-    environment variable with the servers' key; unset or empty: none is sent. note: told, in the caller's thread and once, when a
-    server is marked, and why.
+    --max-sequences, or those that wait there look silent. patience: seconds to ask on where no server is left. max_tokens: of the
+    longest prompt and response together, for `ready` to compare with each server's --max-model-len; None: it does not.
+    api_key_env: the environment variable with the servers' key; unset or empty: none is sent. note: told, in the caller's thread
+    and once, when a server is marked, and why.
 
     Raises InputError for an address or a key that cannot be one.
     """
@@ -57,6 +58,7 @@ class ServerEngine:
         deadlines: Deadlines | None = None,
         concurrency: int = 256,
         patience: float = 60.0,
+        max_tokens: int | None = None,
         api_key_env: str = "KEJU_API_KEY",
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -66,6 +68,7 @@ class ServerEngine:
         self._rank, self._prefix, self._sender, self._note = rank, version_prefix, sender, note
         self._end_token_ids = sorted(set(end_token_ids))
         self._deadlines = deadlines or Deadlines()
+        self._max_tokens = max_tokens
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._version: int | None = None
         self._generation: ServerGeneration | None = None
@@ -85,8 +88,10 @@ class ServerEngine:
         return self._version
 
     def ready(self) -> None:
-        """See `rollout.engine.Engine.ready`: one server is enough."""
-        self._wait_for(self._fleet.wait(self._deadlines.start))
+        """See `rollout.engine.Engine.ready`: one server is enough. EngineError also where one would cut the longest output."""
+        answering = self._wait_for(self._fleet.wait(self._deadlines.start))
+        if self._max_tokens is not None:
+            self._wait_for(self._fleet.check_lengths(answering, self._max_tokens))
 
     def load(self, version: int, source: WeightSource) -> None:
         """See `rollout.engine.Engine.load`. On rank 0 at least one server must take the weights; the others are marked until a
@@ -135,7 +140,9 @@ class ServerEngine:
 
     def restart(self) -> None:
         """See `rollout.engine.Engine.restart`: forgets every mark and waits until a server answers. The servers are not ours to
-        start."""
+        start, and where each cut or refused what was asked, they would again: EngineError."""
+        if all(server.final for server in self._fleet.servers):
+            raise self._fleet.error("every server cut or refused an output")
         self._version = None
         self._end_generation()
         self._wait_for(self._fleet.forget())

@@ -66,6 +66,8 @@ class FakeServer(LoopServer):
     wrong_spans: Any = ...
     finish_reason: str = "length"
     short_by: int = 0
+    max_model_len: int | None = None
+    """As /v1/models gives it; not enforced."""
     off: float = 0.0
     """Nats by which the log-probabilities are wrong."""
     keeps_cache: bool = False
@@ -78,7 +80,7 @@ class FakeServer(LoopServer):
     updating: bool = False
     """As vLLM: between /start_weight_update and the end of the update or a chunk that is refused."""
     calls: list[str] = field(default_factory=list)
-    """Every call's path but the questions for its health and version, in order."""
+    """Every call's path but the questions for its version and model, in order."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Body of every output asked for."""
     at_once: int = 0
@@ -121,6 +123,7 @@ class FakeServer(LoopServer):
         app = web.Application(middlewares=[self._first])
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_get("/weight_info", self._weight_info)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_post("/reset_prefix_cache", self._reset)
         app.router.add_post("/update_weight_version", self._name)
         for path in ("/pause", "/resume", "/start_weight_update", "/update_weights", "/finish_weight_update"):
@@ -141,7 +144,7 @@ class FakeServer(LoopServer):
         given = request.headers.get("Authorization")
         with self.changed:
             self.seen_keys.add(given)
-            if request.path != "/weight_info":
+            if request.path not in ("/weight_info", "/v1/models"):
                 self.calls.append(request.path)
             self.changed.notify_all()
         if self.key is not None and given != f"Bearer {self.key}":
@@ -161,6 +164,9 @@ class FakeServer(LoopServer):
 
     async def _weight_info(self, _request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.weights})
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "model", "max_model_len": self.max_model_len}]})
 
     async def _done(self, request: web.Request) -> web.Response:
         if request.path in ("/pause", "/resume"):
