@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rollout.errors import EngineError
 from rollout.types import Sample
 from rollout.weights.source import WeightSource
 
-__all__ = ["BatchGeneration", "Decoding", "Engine", "EngineError", "Generation", "Progress", "Request", "drain"]
+__all__ = ["BatchGeneration", "Decoding", "Engine", "EngineError", "Generation", "Progress", "Request", "Several", "drain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,21 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What an `Engine` over servers has besides: each holds weights of its own, and a push is to be proved on each."""
+
+    @property
+    def places(self) -> int:
+        """Servers, whatever they hold; on every rank the same number."""
+        ...
+
+    def sample_each(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, list[Sample]]:
+        """By name, of each server that took the last load, its own samples of the requests, in order. Nothing on a rank that does
+        not push. Raises EngineError where no server answers."""
+        ...
 
 
 class BatchGeneration:

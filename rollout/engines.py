@@ -132,6 +132,7 @@ def _servers(options: EngineOptions, model: Sampled, ranks: Ranks, note: Callabl
         deadlines=options.deadlines,
         concurrency=max(1, options.max_sequences // ranks.size),
         patience=min(PATIENCE_SECONDS, options.start_seconds),
+        max_tokens=model.max_tokens,
         api_key_env=options.api_key_env,
         note=note,
     )

@@ -25,6 +25,8 @@ STREAM_INTERVAL = 32
 """Tokens an event brings: often enough to be a sign of life."""
 NO_LOGPROB = -9999.0
 """What vLLM writes for NaN, minus infinity, or none."""
+PASSING = (401, 403, 404, 429)
+"""What a server refuses while its key, its routes or its load are not what they will be; other 4xx are about the request."""
 QUOTED = 300
 """Characters of a server's error that are passed on."""
 
@@ -33,11 +35,14 @@ Event = dict[str, Any]
 
 class ServerFault(Exception):
     """A server did not do what was asked; the text, one line, says why. stale: it answered, and its weights are not the ones
-    expected. refused: it answered that it will not (4xx), and asking again will not help. answered: with an error, 4xx or 5xx."""
+    expected. refused: it answered that it will not (4xx), and asking again will not help. final: it can do this, and would do the
+    same to the same request again. answered: with an error, 4xx or 5xx."""
 
-    def __init__(self, why: str, *, stale: bool = False, refused: bool = False, answered: bool = False) -> None:
+    def __init__(
+        self, why: str, *, stale: bool = False, refused: bool = False, final: bool = False, answered: bool = False
+    ) -> None:
         super().__init__(" ".join(why.split()))
-        self.stale, self.refused, self.answered = stale, refused, answered
+        self.stale, self.refused, self.final, self.answered = stale, refused, final, answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,8 @@ class Output:
         if not 1 <= count <= call.max_new_tokens:
             raise ServerFault(f"sent {count} tokens where 1 to {call.max_new_tokens} were asked for")
         if self.finish_reason == "length" and count < call.max_new_tokens:
-            raise ServerFault(f"cut an output at {count} of {call.max_new_tokens} tokens; raise its --max-model-len")
+            why = f"cut an output at {count} of {call.max_new_tokens} tokens; raise its --max-model-len"
+            raise ServerFault(why, final=True)
         if not all(math.isfinite(logprob) and logprob > NO_LOGPROB for logprob in self.logprobs):
             raise ServerFault("sampled tokens that have no log-probability (NaN): its weights are broken")
 
@@ -145,6 +151,14 @@ class ServerClient:
         if not isinstance(version := answer.get("weight_version"), str):
             raise ServerFault("/weight_info: names no version", stale=True)
         return version
+
+    async def max_model_len(self, seconds: float) -> int | None:
+        """Tokens of prompt and response together at which it ends an output; None where it does not say. Raises ServerFault."""
+        answer = await self.call("GET", "/v1/models", seconds)
+        try:
+            return int(answer["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
 
     async def sample(self, call: Call, count: Callable[[int], None]) -> Output:
         """count: told how many tokens have come, each time some have. Cancelled, it closes the connection, and the server stops.
@@ -227,7 +241,8 @@ async def _answered(response: aiohttp.ClientResponse, path: str) -> Event:
         answer = text
     if response.status != 200:
         why = f"{path}: HTTP {response.status} {_message(answer)}"
-        raise ServerFault(why, refused=400 <= response.status < 500, answered=True)
+        refused = 400 <= response.status < 500
+        raise ServerFault(why, refused=refused, final=refused and response.status not in PASSING, answered=True)
     return answer if isinstance(answer, dict) else {}
 
 

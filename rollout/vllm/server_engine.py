@@ -21,7 +21,7 @@ from rollout.engine import Decoding, EngineError, Progress, Request, drain
 from rollout.errors import InputError
 from rollout.types import Sample
 from rollout.vllm.engine import Deadlines
-from rollout.vllm.server_client import Call, ServerClient, ServerFault, open_session
+from rollout.vllm.server_client import Call, Output, ServerClient, ServerFault, open_session
 from rollout.vllm.server_fleet import PROBE_SECONDS, Fleet, Server
 from rollout.weights.push import Sender
 from rollout.weights.source import WeightSource
@@ -36,9 +36,10 @@ class ServerEngine:
     urls: base addresses of all servers, the same on every rank. version_prefix: the run's own, the same on every rank and another
     one in each process start, so that no server passes for one with this run's weights. sender: on rank 0, who pushes; the other
     ranks need none. concurrency: outputs that this rank has at one server at once; over all ranks no more than the server's
-    --max-sequences, or those that wait there look silent. patience: seconds to ask on where no server is left. api_key_env: the
-    environment variable with the servers' key; unset or empty: none is sent. note: told, in the caller's thread and once, when a
-    server is marked, and why.
+    --max-sequences, or those that wait there look silent. patience: seconds to ask on where no server is left. max_tokens: of the
+    longest prompt and response together, for `ready` to compare with each server's --max-model-len; None: it does not.
+    api_key_env: the environment variable with the servers' key; unset or empty: none is sent. note: told, in the caller's thread
+    and once, when a server is marked, and why.
 
     Raises InputError for an address or a key that cannot be one.
     """
@@ -57,6 +58,7 @@ class ServerEngine:
         deadlines: Deadlines | None = None,
         concurrency: int = 256,
         patience: float = 60.0,
+        max_tokens: int | None = None,
         api_key_env: str = "KEJU_API_KEY",
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -66,6 +68,7 @@ class ServerEngine:
         self._rank, self._prefix, self._sender, self._note = rank, version_prefix, sender, note
         self._end_token_ids = sorted(set(end_token_ids))
         self._deadlines = deadlines or Deadlines()
+        self._max_tokens = max_tokens
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._version: int | None = None
         self._generation: ServerGeneration | None = None
@@ -85,8 +88,10 @@ class ServerEngine:
         return self._version
 
     def ready(self) -> None:
-        """See `rollout.engine.Engine.ready`: one server is enough."""
-        self._wait_for(self._fleet.wait(self._deadlines.start))
+        """See `rollout.engine.Engine.ready`: one server is enough. EngineError also where one would cut the longest output."""
+        answering = self._wait_for(self._fleet.wait(self._deadlines.start))
+        if self._max_tokens is not None:
+            self._wait_for(self._fleet.check_lengths(answering, self._max_tokens))
 
     def load(self, version: int, source: WeightSource) -> None:
         """See `rollout.engine.Engine.load`. On rank 0 at least one server must take the weights; the others are marked until a
@@ -104,12 +109,27 @@ class ServerEngine:
 
     def submit(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> ServerGeneration:
         """See `rollout.engine.Engine.submit`."""
-        if self._version is None:
-            raise EngineError("vllm-server: the servers' weights are of no known version; a push must come first")
+        self._known_version()
         self._end_generation()
         self._wait_for(self._fleet.begin())
         self._generation = ServerGeneration(self, requests, decoding, progress)
         return self._generation
+
+    @property
+    def places(self) -> int:
+        """See `rollout.engine.Several`."""
+        return len(self._fleet.servers)
+
+    def sample_each(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, list[Sample]]:
+        """See `rollout.engine.Several`. A server that took the weights and samples nothing is marked, as by a failed push."""
+        version = self._known_version()
+        if self._rank != 0:
+            return {}
+        self._end_generation()
+        calls = [Call.of(request, decoding, self._end_token_ids, self._weights(version)) for request in requests]
+        outputs = self._wait_for(self._fleet.sample_each(calls))
+        self._tell()
+        return {url: [_sample(output, version) for output in each] for url, each in outputs.items()}
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
         """All at once, in order."""
@@ -120,7 +140,9 @@ class ServerEngine:
 
     def restart(self) -> None:
         """See `rollout.engine.Engine.restart`: forgets every mark and waits until a server answers. The servers are not ours to
-        start."""
+        start, and where each cut or refused what was asked, they would again: EngineError."""
+        if all(server.final for server in self._fleet.servers):
+            raise self._fleet.error("every server cut or refused an output")
         self._version = None
         self._end_generation()
         self._wait_for(self._fleet.forget())
@@ -138,6 +160,11 @@ class ServerEngine:
         self._loop.close()
         if self._sender is not None:
             self._sender.close()
+
+    def _known_version(self) -> int:
+        if self._version is None:
+            raise EngineError("vllm-server: the servers' weights are of no known version; a push must come first")
+        return self._version
 
     def _weights(self, version: int) -> str:
         """What a server with this version calls its weights. A fresh one says "default"."""
@@ -259,8 +286,7 @@ class ServerGeneration:
     async def _work(self, place: int, call: Call, cost: int) -> None:
         try:
             output = await self._engine._fleet.sample(call, cost, self._count)
-            token_ids, logprobs = output.arrays()
-            self._finished.put((place, Sample(token_ids, logprobs, output.finish_reason, self._version)))
+            self._finished.put((place, _sample(output, self._version)))
         except EngineError as error:
             self._finished.put(error)
         except Exception as error:
@@ -332,6 +358,11 @@ class _Receiver:
             return self._engine._wait_for(self._server.client.call(method, path, self._seconds, body))
         except ServerFault as fault:
             raise EngineError(f"{self.name}: {fault}") from fault
+
+
+def _sample(output: Output, version: int) -> Sample:
+    token_ids, logprobs = output.arrays()
+    return Sample(token_ids, logprobs, output.finish_reason, version)
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:

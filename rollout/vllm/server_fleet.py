@@ -3,12 +3,14 @@ when its server fails. Coroutines and callbacks of one event loop.
 
 A server serves outputs while it is thought to hold the version and has not failed since. One that fails is marked until a push
 succeeds on it, and its outputs go to others. Only where none is left, those whose weights are not in doubt are asked again with
-growing pauses, for `patience` seconds; one that answers with the version serves on.
+growing pauses, for `patience` seconds; one that answers with the version serves on. One that cut an output, or refused it, is not
+asked again: it would do the same to the same output, so that each server gets it once at most.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
@@ -28,14 +30,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 @dataclass(slots=True, eq=False)
 class Server:
     """holds: the version string it is thought to have; None: it gets no outputs until a push. fault: why it is marked; None: it
-    is not. last: its last fault, marked or not. outstanding: tokens, prompt and longest response, of the outputs it works on.
-    pushed: the version string that the last push gave it; instance: counted up each time it reports another, because it was
-    started anew or left in the middle of a push."""
+    is not. last: its last fault, marked or not. final: one since the last push was (`ServerFault`). outstanding: tokens, prompt
+    and longest response, of the outputs it works on. pushed: the version string that the last push gave it; instance: counted up
+    each time it reports another, because it was started anew or left in the middle of a push."""
 
     client: ServerClient
     holds: str | None = None
     fault: str | None = None
     last: str = "was not asked"
+    final: bool = False
     outstanding: int = 0
     outputs: int = 0
     pushed: str | None = None
@@ -74,8 +77,8 @@ class Fleet:
         faults = await asyncio.gather(*(self._asked(server, seconds) for server in self.servers))
         return [server for server, fault in zip(self.servers, faults, strict=True) if fault is None]
 
-    async def wait(self, seconds: float) -> None:
-        """Until one server answers. Raises EngineError where none does in time, or all refuse."""
+    async def wait(self, seconds: float) -> list[Server]:
+        """Until one server answers; returns those that do. Raises EngineError where none does in time, or all refuse."""
         end = time.monotonic() + seconds
         for pause in pauses():
             left = end - time.monotonic()
@@ -83,16 +86,35 @@ class Fleet:
                 raise self.error(f"no server answered within {seconds:g} s")
             faults = await asyncio.gather(*(self._asked(server, min(left, PROBE_SECONDS)) for server in self.servers))
             if None in faults:
-                return
+                return [server for server, fault in zip(self.servers, faults, strict=True) if fault is None]
             if all(fault.refused for fault in faults):
                 raise self.error("every server refuses")
             await asyncio.sleep(min(pause, max(0.0, end - time.monotonic())))
+        raise AssertionError  # pauses() does not end
+
+    async def check_lengths(self, servers: Sequence[Server], tokens: int) -> None:
+        """Raises EngineError, naming them, where servers say that they end an output before `tokens` of prompt and response."""
+
+        async def length(server: Server) -> int | None:
+            with contextlib.suppress(ServerFault):  # one that fails now is found when it is needed
+                return await server.client.max_model_len(PROBE_SECONDS)
+            return None
+
+        lengths = await asyncio.gather(*(length(server) for server in servers))
+        short = [
+            f"{server.url}: its --max-model-len is {taken}"
+            for server, taken in zip(servers, lengths, strict=True)
+            if taken is not None and taken < tokens
+        ]
+        if short:
+            mend = f"prompt and response take up to {tokens} tokens; start it with --max-model-len {tokens}, or lower the limits"
+            raise EngineError(f"vllm-server: {'; '.join(short)}: {mend}")
 
     async def forget(self) -> None:
         """No server holds anything; no mark stands."""
         await self.settle()
         for server in self.servers:
-            server.holds, server.fault = None, None
+            server.holds, server.fault, server.final = None, None, False
 
     async def hold(self, servers: Sequence[Server], weights: str) -> None:
         """A push: these have the version, the others have not."""
@@ -101,6 +123,24 @@ class Fleet:
             server.holds = weights if server in servers else None
             server.pushed = server.holds
             server.fault = None if server in servers else server.last
+
+    async def sample_each(self, calls: Sequence[Call]) -> dict[str, list[Output]]:
+        """By address, the outputs of each server with the version, all calls at each. While none succeeds they are asked again,
+        for `patience` seconds. Those that fail get no outputs until a push. Raises EngineError where all do."""
+        await self.settle()
+        end = time.monotonic() + self._patience
+        for pause in pauses():
+            servers = [server for server in self.servers if server.holds is not None]
+            tried = await asyncio.gather(*(self._sample_all(server, calls) for server in servers))
+            found = {server.url: outputs for server, outputs in zip(servers, tried, strict=True) if outputs is not None}
+            if found or not servers or time.monotonic() + pause > end:
+                break
+            await asyncio.sleep(pause)
+        for server in servers:
+            server.holds = server.holds if server.url in found else None
+        if not found:
+            raise self.error("no server that took the weights samples from them")
+        return found
 
     async def begin(self) -> None:
         """A generation starts: asks the servers for their version, before one samples thousands of tokens from another."""
@@ -192,24 +232,39 @@ class Fleet:
 
     async def _check(self, server: Server) -> None:
         """Marks a server that does not answer, or has other weights; unmarks one that has these."""
+        held = server.holds
         try:
             weights = await server.client.weights(PROBE_SECONDS)
-            if weights != server.holds:
-                raise ServerFault(f"holds weights {weights!r}, not {server.holds!r}", stale=True)
+            if weights != held:
+                raise ServerFault(f"holds weights {weights!r}, not {held!r}", stale=True)
         except ServerFault as fault:
             self._mark(server, fault)
         else:
             server.fault = None
 
+    async def _sample_all(self, server: Server, calls: Sequence[Call]) -> list[Output] | None:
+        """One after the other, so that the later ones meet what the first left in the prefix cache. None: it failed."""
+        try:
+            outputs = [await server.client.sample(call, lambda _: None) for call in calls]
+        except ServerFault as fault:
+            self._blame(server, fault)
+            return None
+        server.fault = None
+        return outputs
+
     def _mark(self, server: Server, fault: ServerFault) -> None:
+        self._blame(server, fault)
+        if not any(each.usable for each in self.servers):
+            self._seek_rescue()
+
+    def _blame(self, server: Server, fault: ServerFault) -> None:
         server.last = str(fault)
         if server.usable:
             self._say(f"{server.url}: {fault}; its outputs go to others")
             server.fault = str(fault)
-        if fault.stale:
+        server.final |= fault.final
+        if fault.stale or fault.final:
             server.holds = None
-        if not any(each.usable for each in self.servers):
-            self._seek_rescue()
 
     def _seek_rescue(self) -> None:
         if self._alone_since is None:
@@ -225,7 +280,7 @@ class Fleet:
             if not hopeful or left <= 0:
                 break
             await asyncio.sleep(min(pause, left))
-            await asyncio.gather(*(self._check(server) for server in hopeful))
+            await asyncio.gather(*(self._check(server) for server in hopeful if server.holds is not None))
             back = [server.url for server in hopeful if server.usable]
             if back:
                 self._say(f"{', '.join(back)}: answers again, with the same weights")

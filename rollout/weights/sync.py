@@ -2,13 +2,14 @@
 
     load        every rank's engine takes the weights; checksums of our own bytes on both sides (rollout.weights.wire)
     agree       all ranks learn whether all succeeded
-    probe       each engine continues a fixed prompt; the policy scores what came; the log-probabilities must agree
+    probe       each engine, and each server that took the weights, continues a fixed prompt; the policy scores what came; the
+                log-probabilities must agree
     agree
 
 Where one rank fails, its engine is started anew and the push repeated for all; where that fails too, every rank raises.
-The probe's prompt is longer than a block of the prefix cache and comes twice, so a cache that outlived the push shows. Engines
-start with random weights, so on the first push the probe shows a tensor that never arrives on some path; later it shows gross
-damage, and the checksums the rest.
+The probe's prompt is longer than a block of the prefix cache and comes twice to each, so a cache that outlived the push shows.
+Engines start with random weights, so on the first push the probe shows a tensor that never arrives on some path; later it shows
+gross damage, and the checksums the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rollout.deadline import Deadline
-from rollout.engine import Decoding, Engine, EngineError, Request, drain
+from rollout.engine import Decoding, Engine, EngineError, Request, Several, drain
 from rollout.ranks import Ranks
 from rollout.types import Sample
 from rollout.weights.source import TensorMeta, WeightSource
@@ -65,6 +66,7 @@ class WeightSync:
         self._engine, self._source, self._ranks = engine, source, ranks
         self._score, self._probe, self._seconds, self._note = score, probe, seconds, note
         self._asks = asks
+        self._places = engine.places if isinstance(engine, Several) else 1
         self.version: int | None = None
         """Of the last push that was asked for."""
         self.worst: float | None = None
@@ -128,25 +130,38 @@ class WeightSync:
 
     def _prove(self) -> str | None:
         probe = self._probe
-        error, samples = None, None
+        error, continued = None, {}
         if self._asks:
             try:
-                requests = [Request(probe.prompt, seed) for seed in range(probe.copies)]
-                samples = drain(self._engine.submit(requests, Decoding(probe.new_tokens, seed=1)), len(requests))
+                continued = self._continued()
             except EngineError as lost:
                 error = str(lost)
-        continued = samples is not None
-        if samples is None:  # the others wait for this rank in the scoring
-            samples = [Sample(probe.prompt[:1], np.zeros(1, np.float32), "length", -1)] * probe.copies
-        scored = self._score([probe.prompt] * len(samples), [sample.token_ids for sample in samples])
+        samples = [sample for each in continued.values() for sample in each]
+        # As many on every rank, also on one that has none: the others wait for it in the scoring.
+        filler = Sample(probe.prompt[:1], np.zeros(1, np.float32), "length", -1)
+        samples += [filler] * (self._places * probe.copies - len(samples))
+        scored = iter(self._score([probe.prompt] * len(samples), [sample.token_ids for sample in samples]))
         if not continued:
             return error
-        gaps = [np.abs(sample.logprobs - logprobs).max() for sample, logprobs in zip(samples, scored, strict=True)]
-        self.worst = float(np.max(gaps))  # NaN stays NaN
-        if not self.worst <= probe.bound:
-            off = f"the engine's log-probabilities are off the policy's by {self.worst:.3g}, above {probe.bound:g}"
-            return f"rank {self._ranks.rank}: probe: {off}"
-        return None
+        gaps = {
+            name: float(np.max([np.abs(sample.logprobs - next(scored)).max() for sample in each]))  # NaN stays NaN
+            for name, each in continued.items()
+        }
+        self.worst = float(np.max(list(gaps.values())))
+        off = [
+            f"{name}the engine's log-probabilities are off the policy's by {gap:.3g}, above {probe.bound:g}"
+            for name, gap in gaps.items()
+            if not gap <= probe.bound
+        ]
+        return f"rank {self._ranks.rank}: probe: {'; '.join(off)}" if off else None
+
+    def _continued(self) -> dict[str, list[Sample]]:
+        """The probe's copies as each server, or the one engine, continued them; by how a complaint of it begins."""
+        requests = [Request(self._probe.prompt, seed) for seed in range(self._probe.copies)]
+        decoding = Decoding(self._probe.new_tokens, seed=1)
+        if isinstance(self._engine, Several):
+            return {f"{name}: ": samples for name, samples in self._engine.sample_each(requests, decoding).items()}
+        return {"": drain(self._engine.submit(requests, decoding), len(requests))}
 
     def _restart(self, failed: Sequence[str | None]) -> None:
         error = None

@@ -66,12 +66,21 @@ class FakeServer(LoopServer):
     wrong_spans: Any = ...
     finish_reason: str = "length"
     short_by: int = 0
+    max_model_len: int | None = None
+    """As /v1/models gives it; not enforced."""
+    off: float = 0.0
+    """Nats by which the log-probabilities are wrong."""
+    keeps_cache: bool = False
+    """Says that its prefix cache was dropped, and does not: a prompt that it knows is continued from the weights of then, and its
+    log-probabilities are wrong."""
+    cached: dict[tuple[int, ...], str] = field(default_factory=dict)
+    """Prompt → the weights that it was first computed with."""
     weights: str = "default"
     paused: bool = False
     updating: bool = False
     """As vLLM: between /start_weight_update and the end of the update or a chunk that is refused."""
     calls: list[str] = field(default_factory=list)
-    """Every call's path but the questions for its health and version, in order."""
+    """Every call's path but the questions for its version and model, in order."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Body of every output asked for."""
     at_once: int = 0
@@ -100,6 +109,7 @@ class FakeServer(LoopServer):
         """A new process at the same address: it knows nothing."""
         self.weights, self.paused, self.updating, self.at_once = "default", False, False, 0
         self.fail.clear()
+        self.cached.clear()
         return self.start()
 
     def _on_loop(self, call: Callable[[], None]) -> None:
@@ -113,6 +123,7 @@ class FakeServer(LoopServer):
         app = web.Application(middlewares=[self._first])
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_get("/weight_info", self._weight_info)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_post("/reset_prefix_cache", self._reset)
         app.router.add_post("/update_weight_version", self._name)
         for path in ("/pause", "/resume", "/start_weight_update", "/update_weights", "/finish_weight_update"):
@@ -133,7 +144,7 @@ class FakeServer(LoopServer):
         given = request.headers.get("Authorization")
         with self.changed:
             self.seen_keys.add(given)
-            if request.path != "/weight_info":
+            if request.path not in ("/weight_info", "/v1/models"):
                 self.calls.append(request.path)
             self.changed.notify_all()
         if self.key is not None and given != f"Bearer {self.key}":
@@ -154,6 +165,9 @@ class FakeServer(LoopServer):
     async def _weight_info(self, _request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.weights})
 
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "model", "max_model_len": self.max_model_len}]})
+
     async def _done(self, request: web.Request) -> web.Response:
         if request.path in ("/pause", "/resume"):
             self.paused = request.path == "/pause"
@@ -170,6 +184,8 @@ class FakeServer(LoopServer):
         return web.json_response({})
 
     async def _reset(self, _request: web.Request) -> web.Response:
+        if not self.keeps_cache:
+            self.cached.clear()
         return web.json_response({"success": self.fail.get("cache") is None})
 
     async def _name(self, request: web.Request) -> web.Response:
@@ -181,6 +197,8 @@ class FakeServer(LoopServer):
         parameters = body["sampling_params"]
         tokens = expected_tokens(body["token_ids"], parameters["seed"], parameters["max_tokens"] - self.short_by)
         weights = self.weights
+        computed = self.cached.setdefault(tuple(body["token_ids"]), weights)
+        off = self.off + (computed != weights)
         self._count(1, body)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         self._streams.add(request.transport)
@@ -188,7 +206,7 @@ class FakeServer(LoopServer):
         try:
             await response.prepare(request)
             for start in range(0, len(tokens), EVENT_TOKENS):
-                await response.write(self._event(tokens, start, weights))
+                await response.write(self._event(tokens, start, weights, off))
                 await self._gate.wait()
             whole = True  # whoever reads the next line may close at once
             await response.write(b"data: [DONE]\n\n")
@@ -199,15 +217,16 @@ class FakeServer(LoopServer):
             self._count(-1)
         return response
 
-    def _event(self, tokens: list[int], start: int, weights: str) -> bytes:
+    def _event(self, tokens: list[int], start: int, weights: str, off: float) -> bytes:
         part, last = tokens[start : start + EVENT_TOKENS], start + EVENT_TOKENS >= len(tokens)
         spans: Any = [{"version": weights, "start": 0, "end": len(tokens)}]
         if self.wrong_spans is not ...:
             spans = self.wrong_spans
+        content = [{"token_id": token, "logprob": -token / 1000 + off, "rank": 1} for token in part]
         choice = {
             "index": 0,
             "token_ids": part,
-            "logprobs": {"content": [{"token_id": token, "logprob": -token / 1000, "rank": 1} for token in part]},
+            "logprobs": {"content": content},
             "finish_reason": self.finish_reason if last else None,
             "weight_versions": spans if last else None,
         }

@@ -269,6 +269,14 @@ def test_real_a_server_that_no_one_pushed_to_is_refused(real, engine):
 
 
 @needs_vllm
+def test_real_a_server_whose_context_is_too_short_is_refused(real, engine):
+    with engine_of([real[0]], rank=1, load=False, max_tokens=512) as other:
+        other.ready()
+    with engine_of([real[0]], rank=1, load=False, max_tokens=513) as other, pytest.raises(EngineError, match=r"is 512: .* 513"):
+        other.ready()
+
+
+@needs_vllm
 def test_real_after_every_push_greedy_tokens_are_the_policys_and_no_longer_the_last_ones(engine):
     previous = None
     for version in (1, 2):

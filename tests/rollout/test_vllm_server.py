@@ -18,6 +18,7 @@ from tests.rollout.fake_servers import (
     DECODING,
     KEY_ENV,
     TOKENS,
+    FakeServer,
     OneTensor,
     check_all,
     collect,
@@ -203,6 +204,70 @@ def test_where_no_server_is_left_the_error_names_each_and_why(how):
             generation.add(requests_of(1))
         generation.abort()
         assert generation.done
+
+
+@pytest.mark.parametrize("change", [{"short_by": 3}, {"fail": {GENERATE: 400}}, {"fail": {GENERATE: 422}}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_output_that_every_server_cuts_or_refuses_is_asked_of_each_once(change, count):
+    with fake_servers(count) as servers, engine_of(servers, patience=60.0) as engine:
+        for server in servers:
+            for name, value in change.items():
+                setattr(server, name, value)
+        start = time.monotonic()
+        with pytest.raises(EngineError, match=r"max-model-len|HTTP 4\d\d scripted failure") as raised:
+            collect(engine.submit(requests_of(1), DECODING), seconds=30)
+        assert time.monotonic() - start < 15, "it does not go round"
+        assert [server.calls.count(GENERATE) for server in servers] == [1] * count
+        assert all(server.url in str(raised.value) for server in servers)
+        with pytest.raises(EngineError, match=r"max-model-len|HTTP 4\d\d scripted failure"):
+            engine.restart()  # or the run would go round
+
+
+def test_one_output_that_is_cut_ends_the_generation_though_the_others_are_whole():
+    class Cuts(FakeServer):
+        async def _generate(self, request):
+            self.short_by = 3 if len((await request.json())["token_ids"]) == 9 else 0
+            return await super()._generate(request)
+
+    server = Cuts().start()
+    try:
+        with engine_of([server], patience=60.0, concurrency=2) as engine:
+            requests = [*requests_of(1, length=9), *requests_of(200)]
+            with pytest.raises(EngineError, match="cut an output at 21 of 24 tokens; raise its --max-model-len"):
+                collect(engine.submit(requests, DECODING), seconds=30)
+            assert sum(len(body["token_ids"]) == 9 for body in server.requests) == 1
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429])
+def test_a_refusal_that_may_pass_is_waited_out(status):
+    requests = requests_of(3)
+    with fake_servers(1) as [server], engine_of([server]) as engine:
+        server.fail[GENERATE] = status
+        generation = engine.submit(requests, DECODING)
+        server.wait_until(lambda server: server.calls.count(GENERATE) >= 5)
+        server.fail.clear()
+        check_all(collect(generation), requests)
+
+
+def test_a_server_whose_context_is_too_short_is_refused_before_it_samples():
+    with fake_servers(3, max_model_len=64) as servers, engine_of(servers, load=False, max_tokens=64) as engine:
+        engine.ready()
+        servers[1].max_model_len = 63
+        for refused in (engine.ready, engine.restart):
+            with pytest.raises(EngineError) as raised:
+                refused()
+            assert str(raised.value) == (
+                f"vllm-server: {servers[1].url}: its --max-model-len is 63: prompt and response take up to 64 tokens; "
+                "start it with --max-model-len 64, or lower the limits"
+            )
+        servers[1].stop()
+        engine.ready()
+        servers[2].max_model_len = None
+        engine.ready()
+        servers[2].fail["/v1/models"] = 500
+        engine.ready()
 
 
 # Aborts and ends

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
 
 from rollout.engine import EngineError
+from rollout.ranks import Ranks
 from rollout.weights.source import TensorMeta
+from rollout.weights.sync import Probe, WeightSync
 from tests.rollout.fake_servers import (
     DECODING,
     TOKENS,
@@ -195,3 +200,75 @@ def test_a_source_that_announces_other_tensors_is_an_error_of_its_own():
             engine.load(2, Lying())
         assert engine.version is None
         assert server.weights == "run:2:incomplete"
+
+
+# Probes
+
+
+@contextmanager
+def sync_of(servers, **settings):
+    """scored: how many sequences each probe gave the policy to score, which agrees with an honest fake."""
+    scored: list[int] = []
+
+    def score(prompts, responses):
+        scored.append(len(prompts))
+        return [-tokens.astype(np.float32) / 1000 for tokens in responses]
+
+    with engine_of(servers, load=False, **settings) as engine:
+        sync = WeightSync(engine, OneTensor(), Ranks(), score=score, probe=Probe(np.arange(5, dtype=np.int32), bound=0.01))
+        sync.scored, sync.engine = scored, engine
+        yield sync
+
+
+def test_every_server_continues_both_copies_of_the_probe():
+    with fake_servers(3) as servers, sync_of(servers) as sync:
+        sync.push(1)
+        assert [[body["sampling_params"]["seed"] for body in server.requests] for server in servers] == [[0, 1]] * 3
+        assert sync.worst < 1e-6
+        with sync_of(servers, rank=1) as other:
+            other.push(1)
+            assert other.scored == sync.scored == [6], "a collective: every rank scores as many"
+            assert all(len(server.requests) == 2 for server in servers), "the rank that pushes proves"
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_push_fails_where_one_server_has_wrong_logprobs_and_names_it(place):
+    with fake_servers(3) as servers, sync_of(servers) as sync:
+        servers[place].off = 0.02
+        with pytest.raises(EngineError, match=r"off the policy's by 0\.02") as raised:
+            sync.push(1)
+        assert [server.url in str(raised.value) for server in servers] == [number == place for number in range(3)]
+        assert sync.worst == pytest.approx(0.02, rel=1e-3)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_push_fails_where_one_servers_prefix_cache_outlived_it(place):
+    with fake_servers(3) as servers, sync_of(servers) as sync:
+        servers[place].keeps_cache = True
+        sync.push(1)
+        with pytest.raises(EngineError, match=f"{servers[place].url}: the engine's log-probabilities are off"):
+            sync.push(2)
+
+
+def test_a_server_that_does_not_answer_the_probe_gets_no_outputs_until_a_push():
+    requests = requests_of(12)
+    with fake_servers(3) as servers, sync_of(servers) as sync:
+        servers[2].fail["/inference/v1/generate"] = 500
+        sync.push(1)
+        assert sync.repeats == 0
+        assert [note.partition(": ")[0] for note in sync.engine.notes] == [servers[2].url]
+        servers[2].fail.clear()
+        check_all(collect(sync.engine.submit(requests, DECODING)), requests)
+        assert not servers[2].requests
+        sync.push(2)
+        check_all(collect(sync.engine.submit(requests, DECODING)), requests, version=2)
+        assert len(servers[2].requests) > 2
+
+
+def test_a_push_that_no_server_can_prove_fails_and_names_each():
+    with fake_servers(2) as servers, sync_of(servers, patience=0.5) as sync:
+        for server in servers:
+            server.fail["/inference/v1/generate"] = 500
+        with pytest.raises(EngineError, match="HTTP 500") as raised:
+            sync.push(1)
+        assert all(server.url in str(raised.value) for server in servers)
