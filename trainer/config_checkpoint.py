@@ -24,4 +24,4 @@ class CheckpointConfig(Section):
     max_failures: Positive = 3
     """After so many saves in a row that the disk did not take, the run ends."""
     stop_seconds: float = Field(default=600.0, gt=0)
-    """Deadline of a run that was asked to stop: for the phase under way and its checkpoint."""
+    """Deadline of a run that was asked to stop: for the step under way, from its scoring on, and its checkpoint."""

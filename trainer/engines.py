@@ -63,10 +63,15 @@ def build_engine(
 def build_probe(config: RunConfig, dtype: torch.dtype) -> Probe:
     """Fits the shortest context of the run."""
     model = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
+    return probe_of(config, dtype, model["vocab_size"])
+
+
+def probe_of(config: RunConfig, dtype: torch.dtype, vocabulary: int) -> Probe:
+    """Of a model that has so many tokens and need not be at hand."""
     exact = dtype is torch.float32 and config.engine.wire == "engine"
     length = min(SHORT_PROBE_TOKENS if config.engine.embedded else PROBE_TOKENS, config.max_tokens - PROBE_NEW_TOKENS)
     bound = config.engine.probe_bound or (1e-3 if exact else 0.5)
-    return replace(Probe.of(model["vocab_size"], length, bound), new_tokens=PROBE_NEW_TOKENS)
+    return replace(Probe.of(vocabulary, length, bound), new_tokens=PROBE_NEW_TOKENS)
 
 
 def engine_hosts(config: RunConfig, ranks: Ranks) -> range:

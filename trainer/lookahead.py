@@ -6,7 +6,7 @@ A run that is stopped and goes on samples its first batch from the weights of th
 have had; its ledger is kept as ever.
 
 So every response is one policy step old when it is trained on, and a recovered one two. The paper's algorithm is on-policy but
-for what RSR recovers; this mode is a different one (docs/weight-sync.md).
+for what RSR recovers; this mode is a different one (docs/rollout.md).
 """
 
 from __future__ import annotations

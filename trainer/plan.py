@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(report.as_json(plan, mend), indent=1, default=list))
     else:
         report.show(plan, Console() if Console().is_terminal else Console(width=200))
+    if plan.late_stop is not None:
+        print(f"keju: warning: {options.config}: {plan.late_stop}", file=sys.stderr)
     if plan.fault is not None:
         raise InputError(refusal(options.config, plan, mend))
     return 0

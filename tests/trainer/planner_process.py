@@ -19,11 +19,12 @@ from transformers import Qwen2Config
 
 from trainer.attention import NAME as PACKED_ATTENTION
 from trainer.config import ModelConfig, ObjectiveConfig, RunConfig
+from trainer.engines import probe_of
 from trainer.planner.memory import MemoryTracker
 from trainer.planner.trace import prepare, run_stage, trace, traced_options
 from trainer.policy import empty_policy
 
-TOKENS = 1024
+TOKENS, VOCABULARY = 1024, 4000
 
 
 class NoTracker(MemoryTracker):
@@ -46,7 +47,7 @@ def step(config: RunConfig) -> None:
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.normal_(0, 0.02)
-            run_stage(tracker, actor, config.stages[0], 1, load)
+            run_stage(tracker, actor, config.stages[0], 1, load, probe_of(config, torch.float32, VOCABULARY))
 
 
 def main(hidden: int, layers: int, checkpointing: bool) -> None:
@@ -55,8 +56,8 @@ def main(hidden: int, layers: int, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Qwen2Config(
-            vocab_size=4000, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=8,
-            num_key_value_heads=2, attn_implementation=PACKED_ATTENTION,
+            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=2, attn_implementation=PACKED_ATTENTION,
         ).save_pretrained(folder)  # fmt: skip
         config = config_of(folder, checkpointing)
         planned = trace(config, folder, 1, torch.float32, "cpu").stages[0].peaks["update"].total

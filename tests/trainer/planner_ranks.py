@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_policy import causal_lm, stage
+from tiny_policy import VOCABULARY, causal_lm, stage
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
+from trainer.engines import probe_of
 from trainer.optimizer import ADAMW
 from trainer.planner.memory import WEIGHTS, MemoryTracker, Peak
 from trainer.planner.trace import prepare, run_stage, traced_options
@@ -80,7 +81,8 @@ def measure(case: Case) -> dict[str, Peak]:
             for policy in policies:
                 for parameter in policy.parameters():
                     parameter.normal_(0, 0.02)
-        return run_stage(tracker, actor, config.stages[0], RANKS, load).peaks
+        probe = probe_of(config, case.precision, VOCABULARY)
+        return run_stage(tracker, actor, config.stages[0], RANKS, load, probe).peaks
 
 
 def main(rendezvous: str, output: str) -> None:

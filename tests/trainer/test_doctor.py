@@ -209,6 +209,20 @@ def test_space_speed_and_memory_against_what_checkpoints_need():
     assert (finding.status, "a 3.0 GiB, b 2.5 GiB" in finding.found) == ("FAIL", True)
 
 
+def test_offloaded_inputs_of_all_ranks_are_in_the_hosts_memory(config, monkeypatch):
+    """3 layers, 1000 tokens of 40 numbers in bf16: 80,000 bytes, in blocks of 131,072; on a CPU there is nowhere to wait."""
+    sizes = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    (config.parent / "warm" / "config.json").write_text(json.dumps({"model_type": "qwen2"} | sizes))
+    needed = []
+    monkeypatch.setattr(launch, "meminfo", lambda _: {"MemAvailable": 10**12})
+    monkeypatch.setattr(launch, "judge_memory", lambda _, parts: needed.append(parts) or [])
+    overrides = ["model.gradient_checkpointing=true", "model.offload_activations=true", "actor.tokens_per_micro_batch=1000"]
+    for cpu, precision in ((False, "auto"), (False, "float32"), (True, "auto")):
+        launch.host_memory(load_config(config, [*overrides, f"model.precision={precision}"]), 4, cpu)
+    launch.host_memory(load_config(config), 4, False)
+    assert [parts.get("offloaded activations") for parts in needed] == [4 * 3 * 2**17, 4 * 3 * 2**18, None, None]
+
+
 def test_a_disk_is_timed_and_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "DISK_BYTES", 8 << 20)
     write, back = launch.disk_speed(tmp_path)

@@ -245,6 +245,21 @@ def test_bytes_of_a_push_and_a_checkpoint_are_the_configurations():
     assert (coded["sync"], coded["checkpoint"]) == (2 * 3 / 4, (2 + 2 + 8 / 256) / 2)
 
 
+def test_a_stop_that_may_come_too_late_is_said(tiny, capsys):
+    """A warning, on stderr. By hand: all phases but the rollout, and a whole checkpoint, of which a step has a tenth."""
+    arguments = [str(tiny), "--gpus", "2", "--memory", "8GB", "--json"]
+    assert command.main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    [cost] = json.loads(told.out)["cost"]
+    seconds = sum(cost["seconds"][phase] for phase in ("score", "update", "sync")) + 10 * cost["seconds"]["checkpoint"]
+    assert command.main([*arguments, f"checkpoint.stop_seconds={1.01 * seconds}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert command.main([*arguments, f"checkpoint.stop_seconds={0.99 * seconds}"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"^keju: warning: tiny\.yaml: checkpoint\.stop_seconds: .* in stage 'one': .* are planned with", line)
+
+
 def test_nothing_fits(monkeypatch):
     monkeypatch.setattr("trainer.planner.plan.traced_of", lambda _: traced(100))
     plan = make_plan(question())
@@ -319,11 +334,16 @@ def test_a_broken_config_json_is_named(tiny, content, message):
 
 
 def test_the_recipe_fits_eight_gpus_of_80_gb(capsys):
-    """All of the 14.8 B model, its 16K stage: at most 72 GB where the engine sleeps. Weights, states, gradients by hand."""
-    arguments = [str(RECIPE), "--gpus", "8", "--memory", "80GB", "--architecture", "qwen2.5-14b", "--stage", "3", "--json"]
+    """All of the 14.8 B model, every stage, and a stop has its time in each: at most 72 GB where the engine sleeps. Weights,
+    states, gradients by hand."""
+    arguments = [str(RECIPE), "--gpus", "8", "--memory", "80GB", "--architecture", "qwen2.5-14b", "--json"]
     assert command.main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
-    update = next(row for row in found["memory"] if row["phase"] == "update")
+    told = capsys.readouterr()
+    assert told.err == ""
+    found = json.loads(told.out)
+    assert [(row["stage"], row["phase"]) for row in found["memory"]] == [(stage, phase) for stage in range(3) for phase in PHASES]
+    assert max(row["total"] for row in found["memory"]) <= 80e9
+    update = max((row for row in found["memory"] if row["phase"] == "update"), key=lambda row: row["total"])
     assert update["total"] < 72e9
     share = 4 * BIG.parameters / 8
     assert found["model"]["parameters"] == BIG.parameters

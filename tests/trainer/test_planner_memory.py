@@ -151,15 +151,23 @@ def test_what_a_step_of_the_optimizer_takes(tmp_path):
     assert (WORKSPACE + 4) * largest <= taken["coded"] < (WORKSPACE + 4) * largest + 100
 
 
-def test_a_rank_gathers_one_unit_at_a_time(tmp_path):
+def test_a_rank_gathers_one_unit_at_a_time(tmp_path, monkeypatch):
     """4 ranks, bf16. Scoring peaks in the head: embedding and head are whole, and there is the head's all-gather buffer, of four
-    equal parts. A push makes one tensor whole, in fp32."""
+    equal parts. A push makes one tensor whole, in fp32; this one has no probe."""
+    monkeypatch.setattr(trace, "score_probe", lambda *_: None)
     peaks = traced(tmp_path, Case(bf16=True), 4).peaks
     whole, padded = 61 * HIDDEN, 64 * HIDDEN
     gathered = peaks["score"].kinds[GATHERED]
     assert 2 * (2 * whole + padded) <= gathered < 2 * (2 * whole + 2 * padded)
     assert peaks["rollout"].kinds[GATHERED] == 0
     assert peaks["sync"].total == peaks["rollout"].total + 4 * padded
+
+
+def test_a_push_is_proved_by_a_forward(tmp_path):
+    """4 ranks, bf16, untied: it gathers as much as scoring does, and leaves nothing whole behind while the engine samples."""
+    peaks = traced(tmp_path, Case(bf16=True), 4).peaks
+    assert peaks["sync"].kinds[GATHERED] >= peaks["score"].kinds[GATHERED]
+    assert GATHERED not in peaks["rollout"].kinds
 
 
 def test_checkpointing_keeps_a_layers_input_and_no_more(tmp_path):

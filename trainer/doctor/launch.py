@@ -20,6 +20,8 @@ from trainer.checkpoint_folder import folders_of
 from trainer.config import RunConfig
 from trainer.doctor.machine import MEMINFO, amount, meminfo
 from trainer.doctor.report import Check, Finding, ok, unchecked
+from trainer.layers import layer_options
+from trainer.planner import architecture
 from trainer.planner.cost import state_bytes
 from trainer.preflight import check_engine, judge_settings, read, source_key
 
@@ -39,7 +41,7 @@ def launch_checks(config: RunConfig, command: list[str], gpus: int, memory: int 
         Check("run folder", lambda: run_folder(config.run)),
         Check("disk space", lambda: space(config)),
         Check("disk speed", lambda: speed(config), 3 * seconds),
-        Check("host memory", lambda: host_memory(config, memory is None)),
+        Check("host memory", lambda: host_memory(config, gpus, memory is None)),
         Check("judge", lambda: judge(config), 2 * seconds + 120),
         Check("servers", lambda: servers(config), seconds + SERVER_SECONDS * len(config.engine.servers)),
         Check("plan", lambda: plan(command, gpus, memory, 10 * seconds), 10 * seconds + 5),
@@ -140,22 +142,38 @@ def disk_speed(place: Path) -> tuple[float, float]:
         path.unlink(missing_ok=True)
 
 
-def host_memory(config: RunConfig, cpu: bool) -> list[Finding]:
-    """What all ranks of this host take of its memory together, in states of the model."""
+def host_memory(config: RunConfig, gpus: int, cpu: bool) -> list[Finding]:
+    """What all ranks of this host, one a GPU, take of its memory together."""
     count = parameters(_model_folder(config))
     weights, moments = state_bytes(config)
-    itemsize = 4 if cpu and config.model.precision != "bfloat16" else 2
+    itemsize = compute_bytes(config, cpu)
     parts = {"weights on their way to an engine": count * itemsize}
     if cpu:
         parts |= {"weights, moments and gradients": count * (weights + moments + 4), "an engine's copy": count * itemsize}
     elif config.optimizer.offload:
         parts["offloaded moments"] = count * moments
+    if config.model.offload_activations and not cpu:
+        parts["offloaded activations"] = gpus * pinned_inputs(config, itemsize)
     if config.checkpoint.asynchronous:
         parts["a checkpoint's copy of weights and moments"] = count * (weights + moments)
     facts = meminfo(MEMINFO)
     if facts is None:
         return unchecked("host memory", f"no {MEMINFO} on this system")
     return judge_memory(facts["MemAvailable"], parts)
+
+
+def compute_bytes(config: RunConfig, cpu: bool) -> int:
+    """Of a number in the dtype in which the policy computes."""
+    precision = config.model.precision
+    return 4 if precision == "float32" or (cpu and precision == "auto") else 2
+
+
+def pinned_inputs(config: RunConfig, itemsize: int) -> int:
+    """Bytes of one rank's layer inputs in the host's memory, in its largest micro-batch: each is pinned by itself, and torch
+    rounds a pinned block up to a power of two."""
+    model = architecture.read(_model_folder(config))
+    size = layer_options(config).tokens * model["hidden_size"] * itemsize
+    return model["num_hidden_layers"] * (1 << (size - 1).bit_length())
 
 
 def judge_memory(available: float, parts: dict[str, float]) -> list[Finding]:
@@ -167,7 +185,8 @@ def judge_memory(available: float, parts: dict[str, float]) -> list[Finding]:
                 "FAIL",
                 "host memory",
                 text,
-                "a machine with more, checkpoint.asynchronous false, optimizer.kind adamw8bit, or a smaller model",
+                "a machine with more, checkpoint.asynchronous false, optimizer.kind adamw8bit, model.offload_activations false, "
+                "or a smaller model",
             )
         ]
     return ok("host memory", text)

@@ -139,6 +139,12 @@ def step_cost(
     )  # fmt: skip
 
 
+def stop_wait(cost: StepCost, config: RunConfig) -> float:
+    """Seconds. A request to stop that comes as scoring begins is heard behind the step's push; then a checkpoint is written."""
+    step = sum(cost.seconds[phase] for phase in ("score", "update", "sync"))
+    return step + cost.seconds["checkpoint"] * config.checkpoint.every
+
+
 def _decode(
     config: RunConfig, sizes: Sizes, gpus: int, cache_tokens: int, sampled: int, length: int, response: int, ceilings: Ceilings,
     itemsize: int,

@@ -3,8 +3,8 @@
     peak of a phase  =  tracked · (1 + overhead)  +  push buffers  +  CONTEXT  +  the engine's share
 
 The engine's share is vLLM's own promise (gpu_memory_fraction of the GPU, weights and cache in it) while it is awake. Awake it is
-in each phase but score and update: it starts beside the loading, the first push of a run finds it awake, and it is not put to
-sleep for a checkpoint. What is assumed and not derived is a constant or an argument here.
+in each phase but score and update: it starts beside the loading, each push is proved by a probe that it continues, and it is
+not put to sleep for a checkpoint. What is assumed and not derived is a constant or an argument here.
 """
 
 from __future__ import annotations

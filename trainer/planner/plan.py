@@ -12,7 +12,7 @@ import torch
 from rollout.errors import InputError
 from trainer.config import RunConfig
 from trainer.planner.architecture import Sizes
-from trainer.planner.cost import Ceilings, StepCost, Work, step_cost
+from trainer.planner.cost import Ceilings, StepCost, Work, step_cost, stop_wait
 from trainer.planner.fit import CONTEXT, OVERHEAD, Engine, PhaseMemory, engine_share, phases, push_buffers
 from trainer.planner.trace import Traced, trace
 
@@ -97,6 +97,19 @@ class Plan:
                 f"{config.max_tokens}"
             )
         return None
+
+    @property
+    def late_stop(self) -> str | None:
+        """One line where a clean stop may take longer than it is given; None where it does not."""
+        config = self.question.config
+        seconds, cost = max(((stop_wait(cost, config), cost) for cost in self.costs), key=lambda pair: pair[0])
+        if seconds <= config.checkpoint.stop_seconds:
+            return None
+        return (
+            f"checkpoint.stop_seconds: {config.checkpoint.stop_seconds:g} is less than a stop may take in stage "
+            f"{config.stages[cost.stage].name!r}: score, update, sync and a checkpoint are planned with {seconds:.0f} s; set it "
+            "higher, or such a stop ends with exit code 3 and no checkpoint"
+        )
 
 
 def make_plan(question: Question, traced: Traced | None = None) -> Plan:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rollout.weights.source import TensorMeta
+from rollout.weights.sync import Probe
 from trainer import layers
 from trainer.actor import Actor
 from trainer.adamw8bit import PIECE, WORKSPACE, AdamW8bit
@@ -32,10 +33,12 @@ from trainer.attention import MIN_FILL
 from trainer.batch import MiniBatch, TokenSequence
 from trainer.config import RunConfig, StageConfig
 from trainer.distributed import MESH_NAMES, mesh_shape
+from trainer.engines import probe_of
 from trainer.loading import allocate
 from trainer.optimizer import build_optimizer
 from trainer.planner.memory import HOST, OPTIMIZER, WEIGHTS, MemoryTracker, Peak
 from trainer.policy import Policy, PolicyOptions, PolicyWeights, empty_policy, policy_options
+from trainer.probe import policy_scorer
 
 MICRO_BATCHES = 2
 """Traced a mini-batch: the second adds to the gradients of the first, and more than that change nothing."""
@@ -99,6 +102,7 @@ def trace(
     with fake_ranks(ranks, config.parallel.shard_ranks) as mesh:
         options = traced_options(config, precision)
         policies = [empty_policy(folder, mesh, options)]
+        probe = probe_of(config, precision, policies[0].causal_lm.config.vocab_size)
         if any(stage.objective.kl_coefficient > 0 for stage in config.stages):
             policies.append(empty_policy(folder, mesh, replace(options, trainable=False)))
         with (
@@ -108,7 +112,7 @@ def trace(
             offloaded_to_host(tracker),
         ):
             actor, load = prepare(tracker, policies, config, ranks, device_type)
-            traced = {index: run_stage(tracker, actor, config.stages[index], ranks, load) for index in stages}
+            traced = {index: run_stage(tracker, actor, config.stages[index], ranks, load, probe) for index in stages}
         return Traced(traced, PolicyWeights(policies[0]).metadata())
 
 
@@ -141,8 +145,8 @@ def hold_workspace(weight: Tensor, *_: Tensor | None) -> None:
     torch.empty(WORKSPACE * weight.numel(), dtype=torch.uint8)
 
 
-def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: int, load: Peak) -> StageTrace:
-    """One step."""
+def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: int, load: Peak, probe: Probe) -> StageTrace:
+    """One step. "rollout" is what the push leaves behind."""
     # Neither changes what is held: which sign is right is not known without numbers, and the largest micro-batch is traced.
     stage = stage.model_copy(
         update={
@@ -163,14 +167,21 @@ def run_stage(tracker: MemoryTracker, actor: Actor, stage: StageConfig, ranks: i
     del scored
     with tracker.phase() as peak:
         deque(actor.policy.whole_weights(), maxlen=0)
+        score_probe(actor.policy, probe)
     peaks["sync"] = peak[0]
-    with tracker.phase() as peak:
-        get_state_dict(actor.policy, actor.optimizer)
-    peaks["checkpoint"] = peak[0]
     with tracker.phase() as peak:
         pass
     peaks["rollout"] = peak[0]
+    with tracker.phase() as peak:
+        get_state_dict(actor.policy, actor.optimizer)
+    peaks["checkpoint"] = peak[0]
     return StageTrace(stage, tokens, {phase: peaks[phase] for phase in PHASES})
+
+
+def score_probe(policy: Policy, probe: Probe) -> None:
+    """What every rank does once an engine has continued the probe's prompt, `probe.copies` times."""
+    continued = np.zeros(probe.new_tokens, dtype=np.int32)
+    policy_scorer(policy, torch.device("cpu"))([probe.prompt] * probe.copies, [continued] * probe.copies)
 
 
 def fullest(stage: StageConfig, ranks: int, together: int = 1) -> MiniBatch:
