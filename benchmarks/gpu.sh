@@ -59,7 +59,7 @@ stage suite "$SUITE_SECONDS" python3 -m benchmarks.kernels --full --gate --devic
 
 stage sync 240 python3 -m benchmarks.weight_sync --sizes 0.1b,1.5b,14b --out "$OUT/weight_sync-gpu.json"
 
-# What one GPU holds of the recipe, as planned: 14.77 billion parameters in 115 GB with gradients in bf16, 7.6 in 79.
+# What one GPU holds of the recipe, as planned: 14.77 billion parameters in 117 GB with gradients in bf16, 7.6 in 79.
 train_step_large() {
   local memory common
   memory=$(python3 -c 'import torch; print(torch.cuda.mem_get_info()[1] // 10**9)') || return
