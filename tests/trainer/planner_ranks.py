@@ -63,6 +63,7 @@ CASES = [
     Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit")),
     Case(bf16=True, weights="bfloat16", optimizer=OptimizerConfig(kind="adamw8bit", gradients="bfloat16")),
 ]
+TIMES = 3
 
 
 def measure(case: Case) -> dict[str, Peak]:
@@ -85,11 +86,17 @@ def measure(case: Case) -> dict[str, Peak]:
         return run_stage(tracker, actor, config.stages[0], RANKS, load, probe).peaks
 
 
+def least(case: Case) -> dict[str, Peak]:
+    """Of several times, since gloo's thread may let go of a buffer late: it can only add."""
+    times = [measure(case) for _ in range(TIMES)]
+    return {phase: min((peaks[phase] for peaks in times), key=lambda peak: peak.total) for phase in times[0]}
+
+
 def main(rendezvous: str, output: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
-    found = [{phase: asdict(peak) for phase, peak in measure(case).items()} for case in CASES]
+    found = [{phase: asdict(peak) for phase, peak in least(case).items()} for case in CASES]
     if rank == 0:
         Path(output).write_text(json.dumps(found))
     dist.destroy_process_group()
