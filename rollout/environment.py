@@ -14,7 +14,16 @@ from pathlib import Path
 from rollout.errors import InputError
 from rollout.run_lock import RunLock
 
-__all__ = ["RunLock", "check_packages", "commit", "cpu_model", "provenance", "version_of", "without_secrets"]
+__all__ = [
+    "RunLock",
+    "check_packages",
+    "commit",
+    "cpu_model",
+    "expandable_segments",
+    "provenance",
+    "version_of",
+    "without_secrets",
+]
 
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 """The end of a variable's name, in capitals, whose value is for nobody else."""
@@ -23,6 +32,12 @@ SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 def without_secrets(variables: Mapping[str, str], keep: Collection[str] = ()) -> dict[str, str]:
     """What a process is shown that has no use for keys but those in `keep`."""
     return {name: value for name, value in variables.items() if name in keep or not SECRET.search(name.upper())}
+
+
+def expandable_segments(variables: Mapping[str, str]) -> str | None:
+    """The variable that has torch's CUDA allocator take memory which no other process can map; None: there is none."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return next((name for name in names if "expandable_segments:True" in variables.get(name, "")), None)
 
 
 def check_packages() -> None:

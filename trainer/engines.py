@@ -12,6 +12,7 @@ import torch
 from rollout import engines
 from rollout.engine import Engine
 from rollout.engines import EngineOptions, Sampled
+from rollout.environment import expandable_segments
 from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.vllm.group import GroupMember
@@ -88,12 +89,11 @@ def engine_hosts(config: RunConfig, ranks: Ranks) -> range:
 
 def check_allocator(variables: Mapping[str, str]) -> None:
     """Raises InputError, on every rank alike and before anything is loaded, where CUDA's memory cannot be shared with engines."""
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:True" in variables.get(name, ""):
-            raise InputError(
-                f"environment: {name} sets expandable_segments:True, from which no weights can be sent to an engine by CUDA IPC; "
-                "unset it"
-            )
+    if (name := expandable_segments(variables)) is not None:
+        raise InputError(
+            f"environment: {name} sets expandable_segments:True, from which no weights can be sent to an engine by CUDA IPC; "
+            "unset it"
+        )
 
 
 def _name(rank: int, together: int) -> str:

@@ -13,7 +13,8 @@ from rollout.reward.correctness import needs_judge
 from rollout.reward.judge.settings import JudgeSettings
 from rollout.reward.judge.verifier import check_endpoint
 from rollout.types import Prompt
-from trainer.config import JudgeConfig, PromptsFile, RunConfig
+from trainer.config import PromptsFile, RunConfig
+from trainer.config_reward import JudgeConfig
 from trainer.environment import check_packages
 from trainer.model_folder import check_full_precision_folder
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from rollout.reward.judge.settings import JudgeSettings
 from rollout.types import Group, Prompt, Sample, Verdict
-from trainer.config import JudgeConfig
+from trainer.config_reward import JudgeConfig
 from trainer.evaluation import summarize
 from trainer.preflight import judge_settings
 from trainer.step_row import _sampled, unjudged_note

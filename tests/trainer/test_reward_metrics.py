@@ -9,7 +9,7 @@ import pytest
 from rollout.reward.repetition import RepetitionLimits
 from rollout.types import Group, Prompt, Sample, Verdict
 from trainer.checkpoint_state import pack_groups, unpack_groups
-from trainer.config import RepetitionConfig
+from trainer.config_reward import RepetitionConfig
 from trainer.step_row import _sampled
 
 

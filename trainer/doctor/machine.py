@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from rollout.environment import version_of
+from rollout.environment import expandable_segments, version_of
 from trainer.doctor import gpus as gpu_facts
 from trainer.doctor.collective import Reduced, all_reduce
 from trainer.doctor.report import Check, Finding, ok, unchecked
@@ -224,10 +224,9 @@ def open_files(limits: tuple[int, int]) -> list[Finding]:
 def environment(variables: Mapping[str, str]) -> list[Finding]:
     """Variables that are known to spoil a run."""
     findings = []
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:True" in variables.get(name, ""):
-            text = f"{name} sets expandable_segments:True, from which no other process can map weights"
-            findings.append(Finding("warn", "environment", text, "leave it out with engine.kind vllm or vllm-server on a GPU"))
+    if (name := expandable_segments(variables)) is not None:
+        text = f"{name} sets expandable_segments:True, from which no other process can map weights"
+        findings.append(Finding("warn", "environment", text, "leave it out with engine.kind vllm or vllm-server on a GPU"))
     if "RANK" in variables:
         findings.append(
             Finding(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.head import chunk_rows, gradient_dtype
+from kernels.head import chunk_rows, gradient_dtype, wide_dtype
 from kernels.matmul import TILE_ELEMENTS
 
 
@@ -20,7 +20,7 @@ def workspace_bytes(hidden_TD: Tensor, weight_VD: Tensor, device_type: str, *, w
     """The most held at once beyond inputs and results, on "cuda" with Triton or on "cpu". Only shapes and dtypes are looked at;
     a few numbers per token are left out."""
     inputs = torch.promote_types(hidden_TD.dtype, weight_VD.dtype)
-    wide = torch.promote_types(inputs, torch.float32)
+    wide = wide_dtype(hidden_TD, weight_VD)
     (tokens, hidden), vocabulary = hidden_TD.shape, weight_VD.shape[0]
     on_gpu, narrow = device_type == "cuda", inputs != wide
     columns = (vocabulary + 63) // 64 * 64 if on_gpu else vocabulary
