@@ -75,7 +75,7 @@ def _backward(
         else:
             d_logits_RV = logprob_entropy_backward_(logits_RV, *arguments)
         head.add(rows, d_logits_RV)
-    logits_RV = d_logits_RV = None
+    logits_RV = d_logits_RV = None  # else they keep the buffer alive in `d_weight`
     return head.d_hidden_TD, head.d_weight()
 
 

@@ -132,7 +132,7 @@ def _loss(
             d_entropy_R = torch.full_like(entropy_R, entropy_weight)
             head.add(rows, logprob_entropy_backward_(
                 logits_RV, labels_T[rows], temperature_R, logprob_R, saved_3R, d_logprob_R, d_entropy_R))  # fmt: skip
-    logits_RV = d_logits_RV = None
+    logits_RV = d_logits_RV = None  # else they keep the buffer alive in `d_weight`
     sums_7, _ = clipped_sums(logprob_T, old_logprob_T, advantage_T, weight_T, *scalars, ref_logprob_T, kl_coefficient)
     entropy_sum = entropy_T.sum()
     loss = sums_7[0] + entropy_weight * entropy_sum
