@@ -76,7 +76,6 @@ def refuse_restart(run: Path) -> None:
     """torchrun starts its ranks anew after any end but a good one. Raises RunStopped where the last end was the run's own: what
     stopped it is still there, and only a person can say that it shall go on."""
     if first_start():
-        health_path(run, rank()).unlink(missing_ok=True)  # of an earlier launch; what ends this one before it speaks is a death
         return
     for number in range(world_size()):
         with contextlib.suppress(OSError, ValueError, TypeError):

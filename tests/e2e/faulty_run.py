@@ -1,7 +1,8 @@
 """A run on which something befalls rank 1, or the only one: `python -m tests.e2e.faulty_run FAULT CONFIG …`, under torchrun or
 alone.
 
-    update:freeze     it stops itself in the third step's update, as a machine that hangs does
+    update:freeze     it stops itself in the third step's update, as a machine that hangs does, once step 2 is kept: that is
+                      written beside, and would hang with it
     update:native     it waits there in C without end, and keeps the interpreter to itself
     generate:sleep    its embedded engine sleeps before the second token of the first evaluation
 
@@ -39,6 +40,8 @@ def in_update(fault):
     def faulty(*arguments):
         calls.append(1)
         if len(calls) == 6:
+            while not (LateWatch.run / "checkpoints/step-000002/manifest.json").exists():
+                time.sleep(0.02)
             fault()
         return plain(*arguments)
 
@@ -59,8 +62,9 @@ def in_generate(fault):
 
 
 class LateWatch(train.Watch):
-    def __init__(self, *arguments, seconds, **options):
-        super().__init__(*arguments, seconds=HANG_SECONDS, **options)
+    def __init__(self, run, *arguments, seconds, **options):
+        super().__init__(run, *arguments, seconds=HANG_SECONDS, **options)
+        LateWatch.run = run
         plain = loop.TrainingLoop.train_step
 
         def from_now_on(self_, step):
