@@ -24,12 +24,16 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except (InputError, EngineError, RunStopped) as error:
-        # A message may quote a file's content; joined, it is one line whatever it quotes.
-        print("keju: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("keju: error:", line_of(error), file=sys.stderr)
         code = code_of(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def line_of(error: BaseException) -> str:
+    """What `error` says. It may quote a file's content: joined, it is one line whatever it quotes."""
+    return " ".join(str(error).split())
 
 
 def code_of(error: BaseException) -> int:

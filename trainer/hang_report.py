@@ -26,8 +26,9 @@ _IMPORT_FRAME = re.compile(r'^  File "<frozen importlib.*\n', re.MULTILINE)
 @dataclass(frozen=True, slots=True)
 class Health:
     """What a rank says of itself once a second. born: `rollout.process.birth`; waits: the collective or the deadline that it is
-    in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; end: "" while it
-    runs; code: then its exit code."""
+    in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; launch: what started it
+    (`trainer.launch.launch_name`). end: "" while it runs; code: then its exit code; why: then the line that it ended with, where
+    it was no defect."""
 
     rank: int
     host: str
@@ -40,8 +41,10 @@ class Health:
     sequence: int = 0
     silent: float = 0.0
     said: float = 0.0
+    launch: str = ""
     end: str = ""
     code: int = 0
+    why: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -10,14 +10,17 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rollout.deadline import EXIT_HUNG
 from rollout.errors import InputError, RunStopped
-from rollout.process import command_line, die_with
+from rollout.process import birth, command_line, die_with
+from trainer import cli
 from trainer.hang_report import Health
 from trainer.report_writer import health_path, report_paths
 from trainer.watch import STOP_FILE
@@ -72,19 +75,52 @@ def first_start() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
+def last_start() -> bool:
+    """Whether torchrun will not start this rank again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+
+
+def launch_name() -> str:
+    """Names the torchrun of this rank, which outlives its restarts, for good; "" for a process that no torchrun started."""
+    parent = os.getppid()
+    return f"{socket.gethostname()}, pid {parent}, born {birth(parent)}" if is_rank() else ""
+
+
 def refuse_restart(run: Path) -> None:
-    """torchrun starts its ranks anew after any end but a good one. Raises RunStopped where the last end was the run's own: what
-    stopped it is still there, and only a person can say that it shall go on."""
+    """torchrun starts its ranks anew after any end but a good one. Where the last end in this launch was the run's own, what
+    stopped it is still there, and only a person can say that it shall go on: raises RunStopped on the one rank of a host that
+    says so, the last time that torchrun tries, and else SystemExit."""
     if first_start():
         return
     for number in range(world_size()):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            end = Health.from_json(health_path(run, number).read_text(encoding="utf-8")).end.removeprefix("ended: ")
-            if end in ENDS_OF_ITS_OWN:
+            health = Health.from_json(health_path(run, number).read_text(encoding="utf-8"))
+            if health.launch == launch_name() and health.end.removeprefix("ended: ") in ENDS_OF_ITS_OWN:
+                if not last_start() or os.environ.get("LOCAL_RANK", "0") != "0":
+                    raise SystemExit(health.code)
                 raise RunStopped(
-                    f"{run}: not started again: it stopped of its own, for what rank {number} said above ({end}); mend that and "
-                    "give the command yourself"
+                    f"{run}: not started again, as it stopped of its own: {health.why}; mend that and give the command yourself"
                 )
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """`trainer.cli.run`. But a rank that fails among others is gone as soon as it has said why: what the interpreter takes down
+    at its end may wait without end for those that sit in a collective (NCCL), and nothing would be restarted."""
+    try:
+        cli.run(main)
+    except SystemExit as end:
+        if not end.code or world_size() == 1:
+            raise
+        code = end.code
+    except Exception:
+        if world_size() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def die_with_torchrun() -> None:

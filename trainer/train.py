@@ -9,7 +9,7 @@ import argparse
 import os
 from contextlib import closing
 
-from trainer import cli, launch
+from trainer import launch
 from trainer.beats import BeatingConsole
 from trainer.config import RunConfig
 from trainer.config_file import load_config
@@ -56,6 +56,7 @@ def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> in
         stop_seconds=config.checkpoint.stop_seconds,
         clear=options is not None and launch.first_start(),
         parent=os.getppid() if launch.is_rank() else None,
+        launch=launch.launch_name(),
     )
     if not launch.first_rank():
         train(config, None, watch)
@@ -103,4 +104,4 @@ def conclude(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    launch.run(main)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rollout.errors import InputError, RunStopped
 from rollout.types import Prompt
-from trainer import cli, launch
+from trainer import launch
 from trainer.config import ActorConfig, RunConfig, WarmupConfig
 from trainer.config_file import load_config
 from trainer.console import Console, NullConsole
@@ -154,4 +154,4 @@ def batches_of(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    launch.run(main)

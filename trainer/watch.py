@@ -30,8 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
-from rollout import deadline, process
-from rollout.cli import code_of
+from rollout import cli, deadline, process
 from rollout.deadline import EXIT_HUNG
 from rollout.errors import EngineError, InputError, RunStopped
 from rollout.pulse import Pulse
@@ -74,7 +73,7 @@ class Watch:
     ahead.
 
     seconds: how long a pulse may stand still. stop_seconds: from the request to stop to the end. clear: a request that was there
-    before the start is none. parent: the process that this one must not outlive.
+    before the start is none. parent: the process that this one must not outlive. launch: its name (`trainer.launch.launch_name`).
     """
 
     def __init__(
@@ -87,10 +86,12 @@ class Watch:
         stop_seconds: float,
         clear: bool = False,
         parent: int | None = None,
+        launch: str = "",
     ) -> None:
         self._run, self._rank, self._size = run, rank, size
         self._seconds, self._stop_seconds, self._clear, self._parent = seconds, stop_seconds, clear, parent
         self.main, self.ahead = Pulse(), Pulse(phase="sampling ahead")
+        self._launch = launch
         self._host, self._pid, self._birth = socket.gethostname(), os.getpid(), process.birth(os.getpid())
         self._board: RunBoard | None = None
         self._peers: dict[int, Health] = {}
@@ -98,7 +99,7 @@ class Watch:
         self._stop: tuple[float, str] | None = None
         self._signals: list[int] = []
         self._over, self._wake, self._alarmed = threading.Event(), threading.Event(), threading.Lock()
-        self._end, self._code = "", 0
+        self._end, self._code, self._why = "", 0, ""
         self._undo: list[Callable[[], object]] = []
 
     # what the run asks
@@ -144,10 +145,12 @@ class Watch:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is not None and isinstance(error, Exception) and not isinstance(error, (InputError, EngineError, RunStopped)):
+        if isinstance(error, (InputError, EngineError, RunStopped)):
+            self._why = cli.line_of(error)
+        elif isinstance(error, Exception):
             self._await_news()  # a collective that fails because another rank is gone is no defect of this one
         self._end = "ended" if error is None else f"ended: {type(error).__name__}"
-        self._code = 0 if error is None else code_of(error)
+        self._code = 0 if error is None else cli.code_of(error)
         self._over.set()
         self._wake.set()
         for thread in self._threads:
@@ -260,7 +263,7 @@ class Watch:
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
             waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
-            said=time.monotonic(), end=self._end, code=self._code,
+            said=time.monotonic(), launch=self._launch, end=self._end, code=self._code, why=self._why,
         )  # fmt: skip
 
     @property

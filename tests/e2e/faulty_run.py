@@ -4,18 +4,24 @@ alone.
     update:freeze     it stops itself in the third step's update, as a machine that hangs does, once step 2 is kept: that is
                       written beside, and would hang with it
     update:native     it waits there in C without end, and keeps the interpreter to itself
+    update:fail       it raises an error there, of its own alone, while a collective that it began waits for the other rank;
+                      and its interpreter's end waits without end
     generate:sleep    its embedded engine sleeps before the second token of the first evaluation
 
 The watch's deadline begins with the first step: on a busy machine the start takes longer than a test should wait later.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
 
-from trainer import actor, loop, train
+import torch
+import torch.distributed as dist
+
+from trainer import actor, launch, loop, train
 
 HANG_SECONDS = 600
 
@@ -28,6 +34,12 @@ def native():
     lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)  # PyDLL holds the interpreter
     lock(mutex)
     lock(mutex)
+
+
+def fail():
+    atexit.register(time.sleep, HANG_SECONDS)
+    pending = dist.all_reduce(torch.zeros(1), async_op=True)
+    raise ValueError(f"of rank 1 alone, with a collective under way ({pending.is_completed()})")
 
 
 def sleep():
@@ -79,4 +91,4 @@ if __name__ == "__main__":
     train.Watch = LateWatch
     if os.environ.get("RANK", "1") == "1":
         {"update": in_update, "generate": in_generate}[place](globals()[name])
-    sys.exit(train.main(sys.argv[1:]))
+    launch.run(train.main)

@@ -4,7 +4,7 @@ test_guarded_run.py."""
 import math
 import os
 
-from trainer import cli, train
+from trainer import launch, train
 from trainer.actor import Actor
 from trainer.loop import TrainingLoop
 
@@ -29,4 +29,4 @@ if os.environ["RANK"] == "1":
     TrainingLoop.score, Actor.score_micro = score, score_micro
 
 if __name__ == "__main__":
-    cli.run(train.main)
+    launch.run(train.main)

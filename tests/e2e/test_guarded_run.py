@@ -15,7 +15,9 @@ from tiny_run import ROOT, write_config
 from rollout.errors import EngineError, InputError, RunStopped
 from rollout.sampler import Sampler
 from trainer.cli import EXIT_STOPPED, run
+from trainer.hang_report import Health
 from trainer.quarantine import kept_folders, read_batch
+from trainer.report_writer import health_path
 
 
 @contextmanager
@@ -98,20 +100,26 @@ def test_a_stop_among_bad_steps_changes_nothing(tiny, tmp_path):
     assert len(kept_folders(whole / "quarantine")) == 3
 
 
-def test_all_ranks_skip_alike_and_stop_with_one_word(tiny, tmp_path):
+def test_all_ranks_skip_alike_and_stop_with_one_word_for_good(tiny, tmp_path):
+    """torchrun may start them again, and must not get on."""
     run_folder = tmp_path / "two"
     config_path = write_config(tiny, run_folder, ("seed: 3", "seed: 3\nguards: {max_skipped: 2}"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     ended = subprocess.run(
         [*command, ROOT / "tests/e2e/spoilt_run.py", config_path, "--checked"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "SPOILT": "1,2", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ended.returncode != 0
-    assert (
-        "keju: error: steps 2 to 3 each had a mini-batch that could not be trained on, the last for its recomputed"
-        in ended.stderr
-    )
+    why = "steps 2 to 3 each had a mini-batch that could not be trained on, the last for its recomputed"
+    own, again = (line for line in dict.fromkeys(ended.stderr.splitlines()) if line.startswith("keju: error: "))
+    assert own.startswith(f"keju: error: {why}")
+    assert again.startswith(f"keju: error: {run_folder}: not started again, as it stopped of its own: {why}")
+    assert ended.stderr.count(again) == 1, "one rank says so, once"
+    for rank in (0, 1):
+        health = Health.from_json(health_path(run_folder, rank).read_text(encoding="utf-8"))
+        assert (health.end, health.code) == ("ended: RunStopped", 3)
+        assert health.why == own.removeprefix("keju: error: ")
     assert [row["guard/skipped"] for row in train_rows(run_folder)] == [0, 2, 2]
     assert state_of(run_folder, 3)["updates"] == 2
     batch = read_batch(kept_folders(run_folder / "quarantine")[0])

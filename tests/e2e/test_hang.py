@@ -4,10 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 from tiny_run import ROOT, write_config
+
+from tests.e2e.faulty_run import HANG_SECONDS
+from trainer.hang_report import Health
+from trainer.report_writer import health_path
 
 
 def faulty(fault, config, ranks):
@@ -69,3 +74,17 @@ def test_an_embedded_engine_that_falls_silent_ends_the_run(tiny, tmp_path):
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("keju: error: ")]
     assert "the embedded engine's generate of 6 outputs: token 1: nothing for 3 s; report: " in line
     assert "in sleep" in report_of(run)[1]
+
+
+def test_a_rank_that_fails_among_others_is_gone_once_it_has_said_why(tiny, tmp_path):
+    """Over NCCL the interpreter's end may wait for the others without end; here something else does."""
+    run = tmp_path / "run"
+    begun = time.monotonic()
+    ended = faulty("update:fail", write_config(tiny, run), 2)
+    assert time.monotonic() - begun < HANG_SECONDS / 4
+    assert ended.returncode == 1
+    assert "ValueError: of rank 1 alone, with a collective under way" in ended.stderr
+    health = Health.from_json(health_path(run, 1).read_text(encoding="utf-8"))
+    assert (health.end, health.code, health.why) == ("ended: ValueError", 1, "")
+    assert not list((run / "health").glob("report-*")), "nothing hung"
+    assert left(run) == []

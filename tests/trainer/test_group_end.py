@@ -1,15 +1,20 @@
 """How a rank leaves its process group, and what torchrun's restarts may do."""
 
-import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from rollout import process
 from rollout.errors import RunStopped
 from trainer import distributed, launch, train
 from trainer.config import RunConfig
 from trainer.hang_report import Health
+from trainer.report_writer import health_path
 
 
 @pytest.mark.parametrize(
@@ -39,35 +44,121 @@ def test_a_rank_that_fails_waits_for_nobody_over_nccl(monkeypatch, cuda, fails, 
     assert calls == ["nccl" if cuda else "gloo", *(["destroyed"] if destroyed else [])]
 
 
-def ended(folder, *ends):
+@pytest.fixture
+def restarted(monkeypatch):
+    """This process as a rank that torchrun starts: (restart, of how many) → that."""
+    monkeypatch.setenv("RANK", "0")
+
+    def start(count, most):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
+
+    return start
+
+
+WHY = "steps 2 to 3 each had a mini-batch that could not be trained on"
+
+
+def ended(folder, *ends, launched=None):
+    """launched: by what; by this process's torchrun."""
     (folder / "health").mkdir(parents=True, exist_ok=True)
     for rank, end in enumerate(ends):
-        (folder / "health" / f"rank-{rank:05}.json").write_text(Health(rank, "here", 1, 1, end=end, code=3).to_json())
+        health = Health(
+            rank, "here", 1, 1, launch=launch.launch_name() if launched is None else launched, end=end, code=3, why=WHY
+        )
+        health_path(folder, rank).write_text(health.to_json())
+
+
+def configuration(run):
+    data = {"train": {"path": "x"}, "max_prompt_tokens": 32}
+    stages = [{"name": "one", "steps": 1, "context": 96, "data": data}]
+    return RunConfig.model_validate({"run": run, "model": {"path": "m"}, "stages": stages})
 
 
 @pytest.mark.parametrize("end", ["ended: RunStopped", "ended: InputError"])
-def test_torchrun_does_not_start_again_what_stopped_of_its_own(tmp_path, monkeypatch, end):
+def test_torchrun_does_not_start_again_what_stopped_of_its_own(tmp_path, restarted, monkeypatch, end):
     run = tmp_path / "run"
-    ended(run, end, "ended: SystemExit")
-    data = {"train": {"path": "x"}, "max_prompt_tokens": 32}
-    stages = [{"name": "one", "steps": 1, "context": 96, "data": data}]
-    config = RunConfig.model_validate({"run": run, "model": {"path": "m"}, "stages": stages})
-    before = {path: path.read_text() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(RunStopped, match=r"run: not started again: it stopped of its own, for what rank 0 said above"):
-        train.run_rank(config)
-    assert {path: path.read_text() for path in run.rglob("*") if path.is_file()} == before, "the next restart is refused as well"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    launch.refuse_restart(run)  # a person's
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ended(run, "", "", end)  # of an earlier launch, on more ranks
-    launch.refuse_restart(run)
+    restarted(1, 2)
+    ended(run, "ended: SystemExit", end)
+    before = {path: path.read_text() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as caught:  # torchrun will try once more: without a word
+        train.run_rank(configuration(run))
+    assert caught.value.code == 3
+    restarted(2, 2)
+    with pytest.raises(RunStopped, match=f"run: not started again, as it stopped of its own: {WHY}; mend that"):
+        train.run_rank(configuration(run))
+    assert {path: path.read_text() for path in run.rglob("*") if path.is_file()} == before, "the next restart is refused as well"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.refuse_restart(run)
 
 
-@pytest.mark.parametrize("end", ["", "ended", "ended: EngineError", "ended: ValueError"])
-def test_torchrun_starts_again_what_died_or_was_lost(tmp_path, monkeypatch, end):
-    ended(tmp_path, end)
-    (tmp_path / "health" / "rank-00001.json").write_text(json.dumps({"torn": 1}))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+@pytest.mark.parametrize(
+    ("ends", "launched"),
+    [
+        (("",), None),
+        (("ended",), None),
+        (("ended: EngineError",), None),
+        (("ended: ValueError",), None),
+        (("", "ended: RunStopped"), None),  # on more ranks than now
+        (("ended: RunStopped",), ""),
+        (("ended: RunStopped",), "here, pid 7, born 9"),  # what a person started again, and then died before it said anything
+    ],
+)
+def test_torchrun_starts_again_what_died_or_was_lost(tmp_path, restarted, ends, launched):
+    restarted(2, 2)
+    ended(tmp_path, *ends, launched=launched)
     launch.refuse_restart(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"torn": 1}', "[]", "3"])
+def test_a_record_that_cannot_be_read_keeps_nothing_from_starting(tmp_path, restarted, text):
+    restarted(1, 1)
+    ended(tmp_path, "")
+    health_path(tmp_path, 0).write_text(text)
+    launch.refuse_restart(tmp_path)
+
+
+def test_a_persons_start_is_never_refused(tmp_path, restarted):
+    restarted(0, 2)
+    ended(tmp_path, "ended: RunStopped")
+    launch.refuse_restart(tmp_path)
+
+
+def test_the_name_of_a_launch_is_that_of_one_process(restarted):
+    name = launch.launch_name()
+    assert f"pid {os.getppid()}, born {process.birth(os.getppid())}" in name
+
+
+def test_without_torchrun_a_launch_has_no_name(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert launch.launch_name() == ""
+
+
+FAILING = """
+import atexit, os, sys, time
+from rollout import process
+from rollout.errors import RunStopped
+from trainer import launch
+atexit.register(print, "taken down")
+def main(arguments):
+    print("said", end="")
+    raise {"stopped": RunStopped, "defect": ValueError}[sys.argv[1]]("why") if sys.argv[1] != "well" else SystemExit(0)
+launch.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "code", "taken_down"),
+    [(2, "stopped", 3, False), (2, "defect", 1, False), (2, "well", 0, True), (1, "stopped", 3, True), (1, "defect", 1, True)],
+)
+def test_a_rank_that_fails_among_others_says_why_and_is_gone(size, how, code, taken_down):
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": str(size)}
+    result = subprocess.run(
+        [sys.executable, "-c", FAILING, how], cwd=Path(__file__).parents[2], env=environment,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == code
+    assert result.stdout == ("saidtaken down\n" if taken_down else "said")
+    assert result.stderr.splitlines()[-1:] == {"stopped": ["keju: error: why"], "defect": ["ValueError: why"], "well": []}[how]
