@@ -3,7 +3,8 @@
 Each second every process is looked at; a step's figure is the median over the time until the next step was finished. A window's
 figure is its least step: what is used and not given back raises that too, while what a step needs for itself (an evaluation, a
 long batch, a thread that writes a checkpoint) and what glibc keeps of it until the next checkpoint do not. Growth is the figure
-of the last WINDOW steps against that of the WINDOW steps after SETTLED.
+of the last WINDOW steps against that of the WINDOW steps after SETTLED. The medians of the same windows are told beside: they
+follow what the steps do.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from benchmarks.soak.place import Place, steps_of
-from benchmarks.soak.processes import Footprint, footprint, new_mark, processes_of, shared_memory, wait_until_gone
+from benchmarks.soak.processes import (
+    Footprint,
+    files_of_shared_memory,
+    footprint,
+    new_mark,
+    processes_of,
+    shared_memory,
+    wait_until_gone,
+)
 from rollout.errors import InputError
 
 SETTLED = 50
@@ -25,7 +36,7 @@ SETTLED = 50
 WINDOW = 25
 MAX_GROWTH = 0.02
 EARLY, LATE = 20, 200
-"""Counts of threads, files, processes and shared memory after so many steps shall be equal."""
+"""Counts of threads, files, processes and shared memory after so many steps, and at the end, shall be equal."""
 AROUND = 5
 """Steps on each side: the window of a count after a step."""
 
@@ -39,9 +50,9 @@ class Series:
     files: dict[str, list[int]] = field(default_factory=dict)
     processes: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
-    """Files in /dev/shm beyond those before the run."""
+    """Files in /dev/shm that the run's processes have mapped or open."""
     left: list[str] = field(default_factory=list)
-    """Processes after the run's end."""
+    """Processes after the run's end, and files in /dev/shm that came with it and belong to nobody."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Series:
@@ -54,36 +65,48 @@ class Series:
 
     def growth(self) -> dict[str, float]:
         """Process → its memory's growth after SETTLED steps, as a share. Those of the whole run alone."""
+        return self._grown(min)
+
+    def median_growth(self) -> dict[str, float]:
+        """The same of what it holds in the middle of its steps: no promise, as it grows with what the steps do."""
+        return self._grown(median)
+
+    def _grown(self, figure: Callable[[list[float]], float]) -> dict[str, float]:
         grown = {}
         for name, values in self.mib.items():
             if len(values) == self.steps >= SETTLED + 2 * WINDOW:
-                grown[name] = min(values[-WINDOW:]) / min(values[SETTLED : SETTLED + WINDOW]) - 1
+                grown[name] = figure(values[-WINDOW:]) / figure(values[SETTLED : SETTLED + WINDOW]) - 1
         return grown
 
-    def counts(self) -> dict[str, tuple[float, float]]:
-        """What is counted → (after EARLY steps, after LATE steps)."""
+    def counts(self) -> dict[str, tuple[float, float, float]]:
+        """What is counted → (after EARLY steps, after LATE steps, at the end)."""
         series = {"processes": self.processes, "shared memory": self.shared}
         series |= {f"threads of {name}": values for name, values in self.threads.items() if len(values) == self.steps}
         series |= {f"files of {name}": values for name, values in self.files.items() if len(values) == self.steps}
         around = lambda values, step: min(values[step - 1 - AROUND : step + AROUND])  # noqa: E731
         if self.steps < LATE + AROUND:
             return {}
-        return {name: (around(values, EARLY), around(values, LATE)) for name, values in series.items()}
+        ends = self.steps - AROUND
+        return {name: (around(values, EARLY), around(values, LATE), around(values, ends)) for name, values in series.items()}
 
     def faults(self) -> list[str]:
         """What grew or was left, in words."""
         grown = [f"{name} grew by {growth:.1%}" for name, growth in self.growth().items() if growth > MAX_GROWTH]
-        counted = [f"{name}: {early:g} after {EARLY} steps, {late:g} after {LATE}" for name, (early, late) in
-                   self.counts().items() if late > early]  # fmt: skip
+        counted = [
+            f"{name}: {early:g} after {EARLY} steps, {late:g} after {LATE}, {end:g} at the end"
+            for name, (early, late, end) in self.counts().items()
+            if max(late, end) > early
+        ]
         return grown + counted + ([f"left at the end: {', '.join(self.left)}"] if self.left else [])
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"growth": self.growth(), "counts": self.counts(), "faults": self.faults()}
+        growth = {"growth": self.growth(), "median_growth": self.median_growth()}
+        return asdict(self) | growth | {"counts": self.counts(), "faults": self.faults()}
 
 
 def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], None], seconds: float = 1.0) -> Series:
     """A whole run, looked at every so many seconds. Raises InputError where it fails."""
-    mark, before, series = new_mark(), shared_memory(), Series()
+    mark, before, series = new_mark(), files_of_shared_memory(), Series()
     process = place.start(run, mark, *more)
     step, seen = 0, Seen()
     while process.poll() is None:
@@ -93,11 +116,12 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
             step, seen = finished, Seen()
             if step % 10 == 0:
                 note(f"step {step}")
-        seen.look(mark, before)
+        seen.look(mark)
         time.sleep(seconds)
     if process.returncode:
         raise InputError(f"{run.with_suffix('.log')}: the run ended with exit code {process.returncode}; read its end")
     series.left = [each.name for each in wait_until_gone(mark, 30.0)]
+    series.left += sorted(files_of_shared_memory() - before - shared_memory(psutil.pids()))
     return series
 
 
@@ -109,7 +133,7 @@ class Seen:
         self._processes: list[int] = []
         self._shared: list[int] = []
 
-    def look(self, mark: str, shared_before: int) -> None:
+    def look(self, mark: str) -> None:
         living = [each for each in processes_of(mark) if each.kind != "helper"]
         names: dict[str, int] = defaultdict(int)
         for each in living:
@@ -119,7 +143,7 @@ class Seen:
                 suffix = f" ({names[each.name]})" if names[each.name] > 1 else ""
                 self._held[each.name + suffix].append(held)
         self._processes.append(len(living))
-        self._shared.append(shared_memory() - shared_before)
+        self._shared.append(len(shared_memory(each.pid for each in living)))
 
     def close(self, series: Series, steps: int) -> None:
         """Adds this to the series, for each of the steps that were finished at once."""

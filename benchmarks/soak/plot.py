@@ -36,12 +36,12 @@ def draw(file: Path) -> Path:
             f"Memory of each process (growth after step {SETTLED} of what is left when a checkpoint gives freed memory back)",
             loc="left",
         )
-        memory.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.56))
+        figure.legend(*memory.get_legend_handles_labels(), ncols=len(names), loc="outside upper center")
         for what, colour in (("threads", BLUE), ("files", VERMILION)):
             total = [sum(record[what][name][step] for name in names) for step in range(whole)]
             counts.plot(steps, total, color=colour, linewidth=1.2, label=what)
         counts.plot(steps, record["processes"], color=GREEN, linewidth=1.2, label="processes")
-        counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="shared memory files of this machine")
+        counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="files in shared memory")
         counts.set_ylim(bottom=0)
         counts.set_xlabel("step")
         counts.set_title("Open, all processes together", loc="left")

@@ -9,7 +9,9 @@ import contextlib
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -93,6 +95,22 @@ def footprint(pid: int) -> Footprint | None:
     return None
 
 
-def shared_memory() -> int:
-    """Files in /dev/shm, of all programs of this machine."""
-    return len(os.listdir("/dev/shm"))
+def shared_memory(pids: Iterable[int]) -> set[str]:
+    """Names of the files in /dev/shm that these processes have mapped or open, those without a name any more too (with their
+    inode, which tells them apart)."""
+    found: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it ended in between
+            for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+                *_, inode, name = line.split(maxsplit=5) if "/dev/shm/" in line else ("", "")
+                found |= {f"{name} {inode}" if name.endswith("(deleted)") else name} if name else set()
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if (name := os.readlink(descriptor)).startswith("/dev/shm/"):
+                        found.add(f"{name} {descriptor.stat().st_ino}" if name.endswith("(deleted)") else name)
+    return found
+
+
+def files_of_shared_memory() -> set[str]:
+    """All that have a name, of this machine."""
+    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 
 import pytest
 
@@ -12,7 +13,7 @@ from benchmarks.soak.__main__ import kills_table, memory_table
 from benchmarks.soak.kills import Kill, KillSeries, Outcome, consistent, last_train, lost_prompts, same_as
 from benchmarks.soak.memory import Series
 from benchmarks.soak.plot import draw
-from benchmarks.soak.processes import MARK, kind_of, new_mark, wait_until_gone
+from benchmarks.soak.processes import MARK, files_of_shared_memory, kind_of, new_mark, shared_memory, wait_until_gone
 from trainer.checkpoint_folder import NEEDED, STATE, describe, publish
 from trainer.metrics import LEDGER_FATES
 
@@ -31,10 +32,34 @@ def series(steps=210, **changes):
     return made
 
 
+HOLDS = """
+import mmap, os, sys
+named = open("/dev/shm/%s-named", "w+b"); named.truncate(4096); held = mmap.mmap(named.fileno(), 4096); named.close()
+gone = open("/dev/shm/%s-gone", "w+b"); os.unlink(gone.name)
+print("ready", flush=True); sys.stdin.read(); os.unlink("/dev/shm/%s-named")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_shared_memory_is_that_of_the_processes_asked_about():
+    name = f"keju-test-{uuid.uuid4().hex}"
+    code = HOLDS.replace("%s", name)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        held = shared_memory([process.pid])
+        assert shared_memory([os.getpid()]) & held == set()
+        assert f"/dev/shm/{name}-named" in held & files_of_shared_memory()
+        (gone,) = held - {f"/dev/shm/{name}-named"}
+        assert gone.startswith(f"/dev/shm/{name}-gone (deleted) ")
+        process.stdin.close()
+    assert shared_memory([process.pid]) == set(), "a process that has ended holds nothing"
+    assert f"/dev/shm/{name}-named" not in files_of_shared_memory()
+
+
 def test_what_holds_the_same_has_no_fault():
     assert series().faults() == []
     assert series().growth() == {"rank 0": 0.0, "verifier 0": 0.0}
-    assert series().counts()["files of rank 0"] == (30, 30)
+    assert series().counts()["files of rank 0"] == (30, 30, 30)
 
 
 def test_growth_is_that_after_the_first_fifty_steps():
@@ -49,15 +74,19 @@ def test_growth_is_that_after_the_first_fifty_steps():
     assert fault.startswith("rank 0 grew by 2."), "a leak under it is"
     peaks = [500.0 if step % 10 else 900.0 for step in range(210)]
     assert series(mib={"rank 0": peaks}).faults() == [], "an evaluation's peak is no growth"
+    working = [500.0 if step % 10 == 0 else 700.0 + step for step in range(210)]
+    assert series(mib={"rank 0": working}).growth() == {"rank 0": 0.0}
+    assert series(mib={"rank 0": working}).median_growth()["rank 0"] == pytest.approx(897 / 763 - 1, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"threads": {"rank 0": [12] * 100 + [13] * 110}}, "threads of rank 0: 12 after 20 steps, 13 after 200"),
-        ({"files": {"rank 0": [30] * 100 + [31] * 110}}, "files of rank 0: 30 after 20 steps, 31 after 200"),
-        ({"processes": [4] * 100 + [5] * 110}, "processes: 4 after 20 steps, 5 after 200"),
-        ({"shared": [2] * 100 + [4] * 110}, "shared memory: 2 after 20 steps, 4 after 200"),
+        ({"threads": {"rank 0": [12] * 100 + [13] * 110}}, "threads of rank 0: 12 after 20 steps, 13 after 200, 13 at the end"),
+        ({"files": {"rank 0": [30] * 100 + [31] * 110}}, "files of rank 0: 30 after 20 steps, 31 after 200, 31 at the end"),
+        ({"processes": [4] * 100 + [5] * 110}, "processes: 4 after 20 steps, 5 after 200, 5 at the end"),
+        ({"shared": [2] * 100 + [4] * 110}, "shared memory: 2 after 20 steps, 4 after 200, 4 at the end"),
+        ({"shared": [2] * 195 + [4] * 15}, "shared memory: 2 after 20 steps, 2 after 200, 4 at the end"),
         ({"left": ["verifier 1"]}, "left at the end: verifier 1"),
     ],
 )
