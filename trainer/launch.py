@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +23,7 @@ from rollout.process import birth, command_line, die_with
 from trainer import cli
 from trainer.hang_report import Health
 from trainer.report_writer import health_path, report_paths
-from trainer.watch import STOP_FILE
+from trainer.watch import SIGNALS, STOP_FILE, heard
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -70,11 +70,6 @@ def first_rank() -> bool:
     return rank() == 0
 
 
-def first_start() -> bool:
-    """Whether this is no restart by torchrun."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-
-
 def last_start() -> bool:
     """Whether torchrun will not start this rank again."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
@@ -86,21 +81,32 @@ def launch_name() -> str:
     return f"{socket.gethostname()}, pid {parent}, born {birth(parent)}" if is_rank() else ""
 
 
+def first_start(run: Path) -> bool:
+    """Whether no rank has said anything yet in this launch. torchrun's own count stays where it starts anew because another
+    host came or went."""
+    return not any(True for _ in _records(run))
+
+
+def _records(run: Path) -> Iterator[Health]:
+    """What each rank of this launch said last, before this start."""
+    for number in range(world_size()):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            health = Health.from_json(health_path(run, number).read_text(encoding="utf-8"))
+            if is_rank() and health.launch == launch_name():
+                yield health
+
+
 def refuse_restart(run: Path) -> None:
     """torchrun starts its ranks anew after any end but a good one. Where the last end in this launch was the run's own, what
     stopped it is still there, and only a person can say that it shall go on: raises RunStopped on the one rank of a host that
     says so, the last time that torchrun tries, and else SystemExit."""
-    if first_start():
-        return
-    for number in range(world_size()):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            health = Health.from_json(health_path(run, number).read_text(encoding="utf-8"))
-            if health.launch == launch_name() and health.end.removeprefix("ended: ") in ENDS_OF_ITS_OWN:
-                if not last_start() or os.environ.get("LOCAL_RANK", "0") != "0":
-                    raise SystemExit(health.code)
-                raise RunStopped(
-                    f"{run}: not started again, as it stopped of its own: {health.why}; mend that and give the command yourself"
-                )
+    for health in _records(run):
+        if health.end.removeprefix("ended: ") in ENDS_OF_ITS_OWN:
+            if not last_start() or os.environ.get("LOCAL_RANK", "0") != "0":
+                raise SystemExit(health.code)
+            raise RunStopped(
+                f"{run}: not started again, as it stopped of its own: {health.why}; mend that and give the command yourself"
+            )
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -165,7 +171,7 @@ def torchrun(module: str, options: argparse.Namespace, config: RunConfig | None 
         else:
             process.kill()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, on_signal) for number in heard(SIGNALS)}
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)

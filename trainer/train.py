@@ -54,7 +54,7 @@ def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> in
         launch.world_size(),
         seconds=config.parallel.timeout_seconds,
         stop_seconds=config.checkpoint.stop_seconds,
-        clear=options is not None and launch.first_start(),
+        clear=options is not None and launch.first_start(config.run),
         parent=os.getppid() if launch.is_rank() else None,
         launch=launch.launch_name(),
     )

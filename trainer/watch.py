@@ -26,7 +26,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
@@ -130,7 +130,7 @@ class Watch:
         os.set_blocking(theirs, False)
         self._undo += [lambda: os.close(ours), lambda: os.close(theirs)]
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            before = {number: signal.signal(number, lambda *_: None) for number in heard(SIGNALS)}
             fd = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
             self._undo.append(lambda: signal.set_wakeup_fd(fd))
             self._undo.append(lambda: [signal.signal(number, handler) for number, handler in before.items()])
@@ -155,7 +155,7 @@ class Watch:
         self._wake.set()
         for thread in self._threads:
             thread.join(BOARD_SECONDS)
-        if self._rank == 0:
+        if self._rank == 0 and self._code != 1 and not isinstance(error, EngineError):  # else it is still to be stopped
             (self._run / STOP_FILE).unlink(missing_ok=True)
         while self._undo:
             self._undo.pop()()
@@ -315,6 +315,11 @@ class Watch:
         while (text := self._board.get(key)) is None and time.monotonic() < end:
             time.sleep(0.1)
         return text
+
+
+def heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Those that whoever started this process does not want it to ignore: nohup, or a shell's `&`, does."""
+    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def say(line: str) -> None:

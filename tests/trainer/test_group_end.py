@@ -122,8 +122,19 @@ def test_a_record_that_cannot_be_read_keeps_nothing_from_starting(tmp_path, rest
 
 def test_a_persons_start_is_never_refused(tmp_path, restarted):
     restarted(0, 2)
-    ended(tmp_path, "ended: RunStopped")
+    ended(tmp_path, "ended: RunStopped", launched="here, pid 7, born 9")
+    assert launch.first_start(tmp_path)
     launch.refuse_restart(tmp_path)
+
+
+def test_a_start_because_another_host_came_is_no_first_one(tmp_path, restarted):
+    """torchrun does not count it."""
+    restarted(0, 2)
+    ended(tmp_path, "", "ended: RunStopped")
+    assert not launch.first_start(tmp_path)
+    ended(tmp_path, "ended: RunStopped")
+    with pytest.raises(SystemExit):
+        launch.refuse_restart(tmp_path)
 
 
 def test_the_name_of_a_launch_is_that_of_one_process(restarted):

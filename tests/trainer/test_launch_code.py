@@ -1,7 +1,12 @@
 """What a command that starts torchrun ends with: the ranks' own exit code, which torchrun does not tell."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +65,33 @@ def test_the_code_is_the_ranks(tmp_path, monkeypatch, torchrun, ranks, hung, cod
 
 def test_codes_of_errors():
     assert [code_of(error("x")) for error in (InputError, EngineError, RunStopped, ValueError)] == [2, 3, 3, 1]
+
+
+STARTS = """
+import signal, sys
+from argparse import Namespace
+from pathlib import Path
+from trainer import launch
+from trainer.config import CheckpointConfig
+class Torchrun:
+    def __init__(self, *_arguments, **_options): pass
+    def wait(self): print("ready", flush=True); sys.stdin.read(); return 0
+launch.subprocess.Popen = Torchrun
+launch.torchrun("trainer.train", Namespace(ranks=2, restarts=0, config="c.yaml", overrides=[]),
+                Namespace(run=Path(sys.argv[1]), checkpoint=CheckpointConfig()))
+"""
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_run_under_nohup_outlives_the_connection(tmp_path, ignored):
+    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    with subprocess.Popen([sys.executable, "-c", STARTS, tmp_path], cwd=Path(__file__).parents[2], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, preexec_fn=ignore) as process:  # fmt: skip
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + (0.5 if ignored else 30)
+        while not (tmp_path / "stop").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert (tmp_path / "stop").exists() is not ignored

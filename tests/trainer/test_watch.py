@@ -46,16 +46,16 @@ with Watch(Path(sys.argv[1]), RANK, 2, seconds=float(sys.argv[2]), stop_seconds=
 """
 
 
-def start(program: str, run: Path, *arguments: object, **environment: str) -> subprocess.Popen:
+def start(program: str, run: Path, *arguments: object, preexec_fn=None, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", program, run, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
     )  # fmt: skip
 
 
-def alone(program: str, run: Path) -> subprocess.Popen:
-    process = start(ALONE + program, run)
+def alone(program: str, run: Path, preexec_fn=None) -> subprocess.Popen:
+    process = start(ALONE + program, run, preexec_fn=preexec_fn)
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process
 
@@ -145,6 +145,24 @@ def test_the_first_signal_asks_and_the_second_ends(tmp_path, number):
     assert ends(process, 20)[0] == 128 + number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_asks_for_nothing(tmp_path, number):
+    """As under nohup, when the connection is gone."""
+    process = alone(
+        "with watch() as w:\n  ready()\n  until((Path(sys.argv[1]) / 'sent').exists)\n  time.sleep(1.0)\n"
+        "  print(w.stopping())\n  until(w.stopping)\n  print('asked')",
+        tmp_path,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    process.send_signal(number)
+    process.send_signal(number)
+    (tmp_path / "sent").touch()
+    assert process.stdout.readline() == "False\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    assert ends(process)[0] == 0
+
+
 def test_a_signal_is_heard_while_the_main_thread_sits_in_a_c_call(tmp_path):
     """The interpreter would run a handler only when the call returns."""
     process = alone(
@@ -167,6 +185,19 @@ def test_the_stop_file_asks_and_one_from_before_the_start_does_not(tmp_path):
     assert process.stdout.readline() == "asked\n"
     assert ends(process)[0] == 0
     assert not (tmp_path / "stop").exists(), "obeyed"
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [("EngineError", True), ("ValueError", True), ("RunStopped", False), ("InputError", False)]
+)
+def test_a_stop_that_was_not_carried_out_is_still_asked_for(tmp_path, error, kept):
+    """torchrun may start again what failed in the meantime, and nobody would ask a second time."""
+    process = alone(
+        "from rollout.errors import *\nwith watch() as w:\n  ready()\n  until(w.stopping)\n  raise " + error + "('why')", tmp_path
+    )
+    (tmp_path / "stop").touch()
+    assert ends(process)[0] == 1
+    assert (tmp_path / "stop").exists() is kept
 
 
 def test_a_stop_that_takes_too_long_ends_with_a_report(tmp_path):
