@@ -69,17 +69,34 @@ def kill(pid: int, born: int) -> None:
 
 def kernel_wait(pid: int) -> str:
     """Where in the kernel it waits; "" where that is nowhere or unknown."""
+    place = _first_line(f"/proc/{pid}/wchan")
+    return "" if place == "0" else place
+
+
+def boot() -> str:
+    """Names this start of this machine, whatever its host name; "" where the system does not tell."""
+    return _first_line("/proc/sys/kernel/random/boot_id")
+
+
+def space() -> str:
+    """Where a pid means the same process: a boot, and in it a container's own numbering. "" where the system does not tell."""
     try:
-        place = Path(f"/proc/{pid}/wchan").read_text(encoding="utf-8").strip()
+        return f"{boot()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-    return "" if place == "0" else place
 
 
 def command_line(pid: int) -> str:
     """ "" where the system does not tell."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@
 
 On one host the kernel is the judge: it drops the lock with the process. Between hosts a file system may keep locks of its own on
 each, so there the heartbeat decides. Ages are differences between two stamps of that file system itself: no host's clock matters.
+An owner that was frozen for so long that another host took over finds the other's name in the file when it wakes, and ends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, TextIO
 from rollout import process
 from rollout.errors import InputError
 
+LOCK_FILE = "run.lock"
+EXIT_LOST = 3
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """An owner that has not touched its lock for so long is frozen, or dead on another host."""
@@ -43,8 +46,15 @@ class RunLock:
         if before and "released" not in before:
             line = f"{run}: taken over from {named(before)}, which is gone; its last sign of life was {age:.0f} s ago"
             print(f"keju: {line}", file=sys.stderr, flush=True)
-        self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), "job": _job()}
-        self._write(self._owner)
+        self._path = run / LOCK_FILE
+        self._owner = {
+            "pid": os.getpid(), "host": socket.gethostname(), "boot": process.boot(), "started": _now(), "job": _job()
+        }  # fmt: skip
+        try:
+            self._write(self._owner)
+        except OSError as error:
+            self._file.close()
+            raise InputError(f"{run}: run: cannot be written ({error.strerror}); free space there") from None
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="keju-lock", daemon=True).start()
 
@@ -58,8 +68,11 @@ class RunLock:
         if self._released.is_set():
             return
         self._released.set()
-        self._write(self._owner | {"released": _now()})
-        self._file.close()
+        if self._successor() is None:
+            with contextlib.suppress(OSError):  # a full disk: the kernel tells others that it is free
+                self._write(self._owner | {"released": _now()})
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> RunLock:
         return self
@@ -75,14 +88,30 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
+            if (successor := self._successor()) is not None:
+                line = f"{self._path.parent}: taken over by {named(successor)} while this process was frozen: it ends here"
+                print(f"keju: error: {line}", file=sys.stderr, flush=True)
+                os._exit(EXIT_LOST)
             with contextlib.suppress(OSError, ValueError):  # closed in this moment, or a file system that is away
                 os.utime(self._file.fileno())
+
+    def _successor(self) -> dict[str, Any] | None:
+        """Who has taken the folder from this process; None while it is its own."""
+        try:
+            owner = _owner_in(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return None if "pid" not in owner or _same(owner, self._owner) else owner
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(name) == other.get(name) for name in ("pid", "host", "boot", "started"))
 
 
 def _open(run: Path) -> TextIO:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        return open(run / "run.lock", "a+", encoding="utf-8")
+        return open(run / LOCK_FILE, "a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{run}: run: cannot be used as a run folder ({error.strerror}); name another") from None
 
@@ -96,9 +125,12 @@ def _examine(file: TextIO, run: Path) -> tuple[dict[str, Any], float]:
         held = True
     except OSError as error:
         raise InputError(f"{run}: run: its file system cannot lock ({error.strerror}); name another run folder") from None
-    file.seek(0)
-    before = _owner_in(file.read())
-    age = _age(file.fileno(), run)
+    try:
+        file.seek(0)
+        before = _owner_in(file.read())
+        age = _age(file.fileno(), run)
+    except OSError as error:
+        raise InputError(f"{run}: run: cannot be read and written ({error.strerror}); mend that or name another folder") from None
     if held or _may_live(before, age):
         raise InputError(f"{run}: run: {refusal(before, age, held=held)}")
     return before, age
@@ -107,10 +139,15 @@ def _examine(file: TextIO, run: Path) -> tuple[dict[str, Any], float]:
 def _may_live(before: dict[str, Any], age: float) -> bool:
     """Whether an owner on another host, whose lock this one may not see, still runs. A job that torchrun restarts on another host
     is the same job, and torchrun has ended what ran before."""
-    if "host" not in before or "released" in before or before["host"] == socket.gethostname():
+    if "host" not in before or "released" in before or _here(before):
         return False
     same_job = _job() not in ("", "none") and before.get("job") == _job()
     return age < STALE_SECONDS and not same_job
+
+
+def _here(owner: dict[str, Any]) -> bool:
+    """Whether its lock is in the hands of this kernel. Two hosts may have one name."""
+    return owner.get("host") == socket.gethostname() and owner.get("boot", process.boot()) == process.boot()
 
 
 def refusal(owner: dict[str, Any], age: float, *, held: bool) -> str:
@@ -123,7 +160,7 @@ def refusal(owner: dict[str, Any], age: float, *, held: bool) -> str:
         )
     if age < STALE_SECONDS:
         return f"in use by a living run ({who}); stop it or name another run folder"
-    state = process.state(owner["pid"]) if owner.get("host") == socket.gethostname() and "pid" in owner else None
+    state = process.state(owner["pid"]) if _here(owner) and "pid" in owner else None
     how = f" (state {state})" if state else ""
     return (
         f"held by {who}, which seems to be frozen{how}: no sign of life for {age:.0f} s; wake it (kill -CONT {owner.get('pid')}) "

@@ -63,8 +63,9 @@ def clear(run: Path) -> None:
     """Removes what an earlier demo left; the demo starts anew each time."""
     for stale in (*run.glob("metrics.jsonl*"), run / SUMMARY_FILE):
         stale.unlink(missing_ok=True)
-    for stale in ("checkpoints", "tensorboard", "figures", "data", "base", "warm", "health", "samples", "samples.old"):
-        shutil.rmtree(run / stale, ignore_errors=True)
+    folders = [run / name for name in ("checkpoints", "tensorboard", "figures", "data", "base", "warm", "health")]
+    for stale in (*folders, *run.glob("samples*")):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def verdict(summary: dict) -> int:

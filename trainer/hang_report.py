@@ -27,8 +27,8 @@ _IMPORT_FRAME = re.compile(r'^  File "<frozen importlib.*\n', re.MULTILINE)
 class Health:
     """What a rank says of itself once a second. born: `rollout.process.birth`; waits: the collective or the deadline that it is
     in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; launch: what started it
-    (`trainer.launch.launch_name`). end: "" while it runs; code: then its exit code; why: then the line that it ended with, where
-    it was no defect."""
+    (`trainer.launch.launch_name`); space: where its pid means it (`rollout.process.space`). end: "" while it runs; code: then
+    its exit code; why: then the line that it ended with, where it was no defect."""
 
     rank: int
     host: str
@@ -42,6 +42,7 @@ class Health:
     silent: float = 0.0
     said: float = 0.0
     launch: str = ""
+    space: str = ""
     end: str = ""
     code: int = 0
     why: str = ""
@@ -52,6 +53,10 @@ class Health:
     @classmethod
     def from_json(cls, text: str) -> Health:
         return cls(**json.loads(text))
+
+    def beside(self, other: Health) -> bool:
+        """Whether each can look at the other's process."""
+        return (self.host, self.space) == (other.host, other.space)
 
     @property
     def who(self) -> str:
@@ -88,9 +93,9 @@ class Seen:
         return not self.dead and not self.frozen and self.quiet > QUIET_SECONDS
 
 
-def inspect(health: Health, host: str, now: float) -> Seen:
-    """Asks the system, where the rank is on this host. now: time.monotonic()."""
-    if health.host != host:
+def inspect(health: Health, own: Health, now: float) -> Seen:
+    """Asks the system, where the rank is on this host. own: of the process that asks; now: time.monotonic()."""
+    if not health.beside(own):
         return Seen(health)
     state = process.state(health.pid) if health.born == 0 or process.birth(health.pid) == health.born else None
     return Seen(health, state, max(0.0, now - health.said), process.kernel_wait(health.pid))

@@ -297,15 +297,23 @@ class TrainingLoop:
         state = self.checkpoints.resume(self.parts.actor)
         if self.ranks.first:
             self.restore(state)
-            self.metrics = MetricsWriter(self.config.run, resume_after=state.step or None)
-            self.samples.resume(state.step)
-            past = train_rows(self.config.run)
-            self.guard.recall(past)
-            self.alarms.recall(past)
-            dump_config(self.config, self.config.run / "config.yaml")
+            try:
+                self.open_records(state.step)
+            except OSError as error:
+                where = error.filename or self.config.run
+                raise InputError(f"{where}: {error.strerror}; free space there, or mend what the system says") from error
             if state.step:
                 self.console.resumed(state.step)
         return state.step
+
+    def open_records(self, step: int) -> None:
+        """The metrics as they were after `step`, what guard and alarms know from them, the configuration. Raises OSError."""
+        self.metrics = MetricsWriter(self.config.run, resume_after=step or None, note=self.console.note)
+        self.samples.resume(step)
+        past = train_rows(self.config.run)
+        self.guard.recall(past)
+        self.alarms.recall(past)
+        dump_config(self.config, self.config.run / "config.yaml")
 
     def restore(self, state: RunState) -> None:
         """The sampler and the prompt sources as they were; on rank 0."""

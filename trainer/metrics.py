@@ -8,10 +8,14 @@ before a stop, a disk is full once); `comparable` leaves it out.
 The file is the record and TensorBoard is a view of it: figures, summaries and tests read the file only.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rollout.errors import InputError
 
@@ -28,12 +32,14 @@ class MetricsWriter:
 
     resume_after: the last finished step of the checkpoint that the run continues from; rows of later steps were measured by
     work that is now done again, so they are dropped, and TensorBoard purges them likewise. None starts a new record: what an
-    earlier start left in the file is kept beside it as `metrics.jsonl.old`.
+    earlier start left in the file is kept beside it as `metrics.jsonl.old`, or `.old.2` and so on.
 
-    Raises InputError where the file to resume holds a corrupt line other than a torn last one.
+    note: told once when the disk does not take a row, and once when it does again. Rows wait in memory meanwhile.
+
+    Raises InputError where the file to resume holds a corrupt line other than a torn last one, and OSError.
     """
 
-    def __init__(self, run_dir: Path, *, resume_after: int | None):
+    def __init__(self, run_dir: Path, *, resume_after: int | None, note: Callable[[str], None] = lambda _: None):
         # Imported here: it brings torch with it, which a reader of metrics does not need.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -42,12 +48,17 @@ class MetricsWriter:
         path = run_dir / METRICS_FILE
         kept = _reopen(path, resume_after)
         self._evaluated = {(row["step"], row.get("name")): number(row, "pass@1") for row in kept if row["kind"] == "eval"}
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._note = path, note
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        """What the disk has not taken yet."""
+        self._refused = False
         purge_step = 0 if resume_after is None else resume_after + 1
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._tensorboard: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def write(self, row: dict) -> None:
-        """Append one row and flush it, so that a killed process has lost nothing it wrote.
+        """Append one row at once, so that a killed process has lost nothing it wrote. One that the disk refuses is written with
+        the next: a full disk is no reason to lose a step.
 
         A NaN or infinite number is written as null: JSON has neither, a string in a column of numbers would break its
         readers, and a metric that cannot be computed must not end a run. Raises ValueError for a row without a kind and a
@@ -56,13 +67,42 @@ class MetricsWriter:
         if row.get("kind") not in ("train", "eval") or not isinstance(row.get("step"), int):
             raise ValueError(f'a metrics row needs "kind" ("train" or "eval") and an int "step", not {row}')
         row = {key: _finite(value) for key, value in row.items()}
-        self._file.write(_line(row))
-        self._file.flush()
+        self._waiting += _line(row).encode()
+        self._append()
         if row["kind"] == "eval":
             self._evaluated[row["step"], row.get("name")] = number(row, "pass@1")
-        for tag, value in _scalars(row):
-            self._tensorboard.add_scalar(tag, value, row["step"])
-        self._tensorboard.flush()
+        self._show(row)
+
+    def _append(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._refused:
+                self._note(f"{self._path}: {error.strerror}: rows wait in memory until it takes them; free space there")
+            self._refused = True
+            return
+        if self._refused:
+            self._note(f"{self._path}: takes rows again; all that waited are written")
+        self._refused = False
+
+    def _show(self, row: dict) -> None:
+        """In TensorBoard, whose writer raises what befell its thread, whenever it is next asked."""
+        if self._tensorboard is None:
+            return
+        try:
+            for tag, value in _scalars(row):
+                self._tensorboard.add_scalar(tag, value, row["step"])
+            self._tensorboard.flush()
+        except Exception as error:  # a view must not end a run
+            self._note(f"TensorBoard's files cannot be written ({error}): no more of them until the next start")
+            self._close_tensorboard()
+
+    def _close_tensorboard(self) -> None:
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard is not None:
+            with contextlib.suppress(Exception):
+                tensorboard.close()
 
     def has_evaluation(self, step: int, name: str) -> bool:
         """Whether an evaluation row of this step and set is recorded: after a kill between a checkpoint and the next step, it
@@ -75,8 +115,13 @@ class MetricsWriter:
         return sum(scores) / len(scores) if scores and None not in scores else None
 
     def close(self) -> None:
+        """Raises InputError where rows are lost."""
+        self._append()
         self._file.close()
-        self._tensorboard.close()
+        self._close_tensorboard()
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            raise InputError(f"{self._path}: its last {lines} rows could not be written; free space, and give the command again")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -135,12 +180,20 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def aside(path: Path) -> Path:
+    """Where nothing is yet: path, or with .2, .3, …: a second start from nothing must not take the place of weeks."""
+    others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not os.path.lexists(each))
+
+
 def _reopen(path: Path, resume_after: int | None) -> list[dict]:
     """Leave in the file only the rows that a run continuing after `resume_after` would have written by then; return them."""
     if not path.exists():
         return []
+    if resume_after is None and not path.stat().st_size:
+        return []
     if resume_after is None:
-        os.replace(path, path.with_name(path.name + ".old"))
+        os.replace(path, aside(path.with_name(path.name + ".old")))
         return []
     kept = [row for row in read_metrics(path.parent) if row["step"] <= resume_after]
     replace_text(path, "".join(_line(row) for row in kept))

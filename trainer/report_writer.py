@@ -52,7 +52,7 @@ class ReportWriter:
         """(the report, its first line)."""
         self._healths = self._gathered()
         now = time.monotonic()
-        ranks = self._with_stacks([inspect(health, self._own.host, now) for health in self._healths])
+        ranks = self._with_stacks([inspect(health, self._own, now) for health in self._healths])
         when = datetime.datetime.now(datetime.UTC)
         path = self._run / "health" / f"report-{when:%Y%m%dT%H%M%SZ}.txt"
         replace_text(path, report(ranks, self._size, why, f"{when:%Y-%m-%d %H:%M:%S} UTC"))
@@ -60,7 +60,7 @@ class ReportWriter:
 
     def kill_the_rest(self) -> None:
         """The other ranks of this host end with the alarm; what cannot is killed, or torchrun would wait for it."""
-        others = [each for each in self._healths if each.host == self._own.host and each.rank != self._own.rank]
+        others = [each for each in self._healths if each.beside(self._own) and each.rank != self._own.rank]
         end = time.monotonic() + GOODBYE_SECONDS
         while others and time.monotonic() < end:
             others = [each for each in others if process.alive(each.pid, each.born)]
@@ -89,7 +89,7 @@ class ReportWriter:
                 if rank not in found:
                     health = Health.from_json(health_path(self._run, rank).read_text(encoding="utf-8"))
                     # Before the ranks have met, what a dead process left there may be of an earlier start.
-                    if self._board is not None or (health.host == self._own.host and process.alive(health.pid, health.born)):
+                    if self._board is not None or (health.beside(self._own) and process.alive(health.pid, health.born)):
                         found[rank] = health
         return [found[rank] for rank in sorted(found)]
 
@@ -100,7 +100,7 @@ class ReportWriter:
         health = seen.health
         if health.end or seen.dead:
             return ""
-        if health.host != self._own.host:
+        if not health.beside(self._own):
             return self._from_board(health.rank)
         if seen.frozen:
             return spied(health.pid)

@@ -17,7 +17,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 from rollout.types import Prompt
 from trainer.checkpoint_folder import flush
+from trainer.metrics import aside
 
 FOLDER, ASIDE = "samples", "samples.old"
 NAME = re.compile(r"step-(\d{6,})\.jsonl\.gz")
@@ -129,8 +129,8 @@ def drop_after(run: Path, step: int) -> None:
     if not folder.is_dir():
         return
     if step == 0:
-        shutil.rmtree(run / ASIDE, ignore_errors=True)
-        os.replace(folder, run / ASIDE)
+        if any(folder.iterdir()):
+            os.replace(folder, aside(run / ASIDE))
         return
     for path in [*folder.glob(f"step-*{UNFINISHED}"), *(path for path in files_of(run) if step_of(path) > step)]:
         path.unlink()

@@ -93,6 +93,7 @@ class Watch:
         self.main, self.ahead = Pulse(), Pulse(phase="sampling ahead")
         self._launch = launch
         self._host, self._pid, self._birth = socket.gethostname(), os.getpid(), process.birth(os.getpid())
+        self._space = process.space()
         self._board: RunBoard | None = None
         self._peers: dict[int, Health] = {}
         self._gone: dict[int, float] = {}
@@ -248,8 +249,9 @@ class Watch:
         for rank in range(self._size):
             if rank not in self._peers and rank != self._rank and (text := self._board.get(f"health/{rank}")) is not None:
                 self._peers[rank] = Health.from_json(text)
+        own = self.health()
         for rank, peer in self._peers.items():
-            if peer.host != self._host or process.alive(peer.pid, peer.born):
+            if not peer.beside(own) or process.alive(peer.pid, peer.born):
                 continue
             since = self._gone.setdefault(rank, time.monotonic())
             end = Health.from_json(self._board.get(f"health/{rank}") or peer.to_json()).end
@@ -263,7 +265,7 @@ class Watch:
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
             waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
-            said=time.monotonic(), launch=self._launch, end=self._end, code=self._code, why=self._why,
+            said=time.monotonic(), launch=self._launch, space=self._space, end=self._end, code=self._code, why=self._why,
         )  # fmt: skip
 
     @property
@@ -292,7 +294,7 @@ class Watch:
             self._follow(writer, why)
 
     def _write(self, writer: ReportWriter, why: str, exact: bool) -> None:
-        bounded(lambda: self._board.set("alarm", json.dumps({"host": self._host, "why": why})))
+        bounded(lambda: self._board.set("alarm", json.dumps({"host": self._host, "space": self._space, "why": why})))
         try:
             path, first = writer.write(why)
             say(f"{why if exact else first}; report: {path}")
@@ -305,7 +307,7 @@ class Watch:
 
     def _follow(self, writer: ReportWriter, why: str) -> None:
         told = bounded(lambda: self._wait_for("alarm", BOARD_SECONDS), None, 2 * BOARD_SECONDS)
-        if told is not None and json.loads(told)["host"] != self._host:
+        if told is not None and (json.loads(told)["host"], json.loads(told)["space"]) != (self._host, self._space):
             bounded(lambda: self._board.set(f"stack/{self._rank}", writer.own_stack()))
         if bounded(lambda: self._wait_for("report", FOLLOW_SECONDS), None, FOLLOW_SECONDS + BOARD_SECONDS) is None:
             say(f"{why}; no report came from the rank that meant to write it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from rollout import process
 from rollout.errors import InputError
 from rollout.run_lock import RunLock
 
@@ -23,13 +25,14 @@ HOLD += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path/run until its stdin ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "run"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "held\n"
+    yield child
+    child.kill()
+    child.wait()
 
 
 def set_owner(run, age: float, **changes) -> None:
@@ -114,6 +117,50 @@ def test_another_hosts_fresh_heartbeat_is_respected_and_a_stale_one_is_not(tmp_p
     set_owner(run, age=20, released="2026-01-02 03:04:06 UTC")
     RunLock(run).release()
     assert capsys.readouterr().err == ""
+
+
+def test_two_hosts_of_one_name_are_two(tmp_path):
+    """As machines from one image are."""
+    run = tmp_path / "run"
+    run.mkdir()
+    set_owner(run, age=20, host=socket.gethostname(), boot="of the other one")
+    assert "in use by a living run (process 77 on " in refusal(run)
+    set_owner(run, age=20, host=socket.gethostname(), boot=process.boot())
+    RunLock(run).release()
+
+
+def test_an_owner_that_wakes_and_finds_another_in_its_place_ends_and_touches_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(holder.pid, os.WUNTRACED)[1])
+    set_owner(tmp_path / "run", age=0)
+    before = (tmp_path / "run/run.lock").read_text(), (tmp_path / "run/run.lock").stat().st_mtime_ns
+    holder.send_signal(signal.SIGCONT)
+    assert holder.wait(30) == 3
+    errors = holder.stderr.read()
+    line = f"keju: error: {tmp_path}/run: taken over by process 77 on elsewhere, started 2026-01-02 03:04:05 UTC while this"
+    assert errors.startswith(line)
+    assert ((tmp_path / "run/run.lock").read_text(), (tmp_path / "run/run.lock").stat().st_mtime_ns) == before
+
+
+def test_a_release_leaves_the_successors_lock_alone(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    set_owner(tmp_path / "run", age=0)
+    before = (tmp_path / "run/run.lock").read_text()
+    lock.release()
+    assert (tmp_path / "run/run.lock").read_text() == before
+
+
+def test_a_disk_that_takes_no_lock_is_one_line_and_one_that_is_full_at_the_end_none(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lock = RunLock(tmp_path / "run")
+    monkeypatch.setattr(RunLock, "_write", full)
+    lock.release()
+    with pytest.raises(InputError, match=r"run: run: cannot be written \(No space left on device\); free space there"):
+        RunLock(tmp_path / "run")
+    monkeypatch.undo()
+    RunLock(tmp_path / "run").release()
 
 
 def test_a_job_that_torchrun_restarts_elsewhere_takes_its_own_lock(tmp_path, monkeypatch):

@@ -97,18 +97,19 @@ def test_with_nothing_to_tell_them_apart_the_longest_silent_is_named_and_the_dou
 def test_a_rank_on_another_host_is_not_looked_for_here():
     """Its pid may be anybody's on this one."""
     here = Health(0, "alpha", os.getpid(), process.birth(os.getpid()), said=90.0)
-    assert inspect(here, "alpha", 100.0).state in ("R", "S")
-    assert inspect(here, "alpha", 100.0).quiet == 10.0
-    assert inspect(here, "beta", 100.0).state == "?"
-    assert not inspect(here, "beta", 1e9).mute, "nor is its clock ours"
+    assert inspect(here, here, 100.0).state in ("R", "S")
+    assert inspect(here, here, 100.0).quiet == 10.0
+    for other in (replace(here, host="beta"), replace(here, space="another container of a host of that name")):
+        assert inspect(here, other, 100.0).state == "?"
+        assert not inspect(here, other, 1e9).mute, "nor is its clock ours"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_a_pid_that_another_process_has_now_is_not_it():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         health = Health(1, "alpha", child.pid, process.birth(child.pid))
-        assert not inspect(health, "alpha", 0.0).dead
-        assert inspect(replace(health, born=health.born - 1), "alpha", 0.0).dead
+        assert not inspect(health, health, 0.0).dead
+        assert inspect(replace(health, born=health.born - 1), health, 0.0).dead
         assert process.alive(child.pid, health.born)
         assert not process.alive(child.pid, health.born - 1), "nor would it be killed"
         process.kill(child.pid, health.born)
