@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,14 +19,21 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a command ended
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits with the code it returns.
 
-    An InputError becomes one line on stderr, `keju: error: …`, and exit code 2; an EngineError or RunStopped one line and exit
-    code 3; Ctrl-C becomes exit code 130. Any other exception is a defect and keeps its traceback.
+    An InputError becomes one line on stderr, `keju: error: …`, and exit code 2, and so does a disk that is full or takes nothing;
+    an EngineError or RunStopped one line and exit code 3; Ctrl-C becomes exit code 130. Any other exception is a defect and keeps
+    its traceback.
     """
     try:
         code = main(sys.argv[1:])
     except (InputError, EngineError, RunStopped) as error:
         print("keju: error:", line_of(error), file=sys.stderr)
         code = code_of(error)
+    except OSError as error:
+        if not refused(error):
+            raise
+        where = error.filename or "the disk"
+        print(f"keju: error: {where}: {error.strerror}; free space there, or name another place", file=sys.stderr)
+        code = EXIT_INPUT
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
@@ -38,11 +46,16 @@ def line_of(error: BaseException) -> str:
 
 def code_of(error: BaseException) -> int:
     """The exit code of a command that `error` ends; 1 for a defect."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) or refused(error):
         return EXIT_INPUT
     if isinstance(error, EngineError):
         return EXIT_ENGINE
     return EXIT_STOPPED if isinstance(error, RunStopped) else 1
+
+
+def refused(error: BaseException) -> bool:
+    """Whether a disk takes nothing."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def number(name: str, read: Callable[[str], Any], good: Callable[[Any], bool]) -> Callable[[str], Any]:

@@ -292,6 +292,10 @@ class PromptSource:
             "digest": self._digest,
         }
 
+    def is_of(self, state: dict[str, Any]) -> bool:
+        """Whether `state` is a cursor over these prompts, whatever their file is called."""
+        return (state.get("count"), state.get("digest")) == (len(self._prompts), self._digest)
+
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, with its seed. Raises InputError, and changes nothing, where the state was taken from
         other prompts (number or ids) or is no such state."""
@@ -301,7 +305,7 @@ class PromptSource:
                 raise InputError(
                     f"prompt cursor, field {name}: {_short(value)} is no whole number of 0 or more; take another checkpoint"
                 )
-        if (state["count"], state.get("digest")) != (len(self._prompts), self._digest):
+        if not self.is_of(state):
             raise InputError(
                 f"prompt cursor: it was saved over other prompts ({state['count']}, digest {_short(state.get('digest'))}) than "
                 f"are read now ({len(self._prompts)}, digest {self._digest!r}); give the run its old prompts file, or start anew"

@@ -32,12 +32,13 @@ from trainer.actor import Actor
 from trainer.checkpoint_folder import (
     best_of,
     clear_unfinished,
+    damage,
     discard,
     folders_of,
     free_bytes,
     kept,
     name_of,
-    newest_whole,
+    newest_of,
     step_of,
 )
 from trainer.checkpoint_state import Packed, RunState
@@ -56,7 +57,7 @@ MEND = "free space there or lower checkpoint.keep, or mend what the system says"
 
 
 class Checkpoints:
-    """Of one run folder; a context, at whose end what is being written is finished. All methods but `newest` and `measured` are
+    """Of one run folder; a context, at whose end what is being written is finished. All methods but `measured` are
     collectives.
 
     note: where to say that a checkpoint was skipped, or that a save failed. score: of a step, for keep_best; asked on rank 0.
@@ -71,6 +72,8 @@ class Checkpoints:
         self._writers = ranks.another(config.seconds + GROUP_GRACE)
         self._staging = checkpoint_tensors.Staging()
         self._writing: Write | None = None
+        self._seen: set[int] = set()
+        """Steps whose folders were there at the start."""
         self._stands: int | None = None
         """The newest step that is on the disk."""
         self._failed: SaveFailed | None = None
@@ -126,9 +129,7 @@ class Checkpoints:
 
         Raises InputError where there are checkpoints and none is whole, or where it is another model's or another format's.
         """
-        folder, fault = self._ranks.broadcast(self._found() if self._ranks.first else None)
-        if fault is not None:
-            raise InputError(fault)
+        folder = self._newest()
         if folder is None:
             return RunState()
         state, updates, random_states = checkpoint_state.read(folder)
@@ -139,15 +140,24 @@ class Checkpoints:
         self._stands = state.step
         return state
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that its manifest confirms. Raises InputError where there are some and none is whole."""
-        return newest_whole(self._folder, self._note)
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that its manifest confirms. Each rank reads a share of the files: with hundreds of GB one alone
+        would take longer than the others may wait. Raises InputError where there are some and none is whole."""
+        folders, fault = self._ranks.broadcast(self._listed() if self._ranks.first else None)
+        if fault is not None:
+            raise InputError(fault)
+        self._seen = {step_of(folder) for folder in folders}
+        return newest_of(self._folder, folders, self._damage, self._note if self._ranks.first else lambda _: None)
 
-    def _found(self) -> tuple[Path | None, str | None]:
+    def _listed(self) -> tuple[list[Path], str | None]:
         try:
-            return self.newest(), None
+            return folders_of(self._folder), None
         except InputError as error:
-            return None, str(error)
+            return [], str(error)
+
+    def _damage(self, folder: Path) -> str | None:
+        mine = damage(folder, self._ranks.rank, self._ranks.size, self._ranks.pulse.stir)
+        return next((found for found in self._ranks.all_gather(mine) if found is not None), None)
 
     def _save(self, actor: Actor, state: RunState, wait: bool) -> None:
         """wait: nothing changes meanwhile, so the policy's own memory is written."""
@@ -216,14 +226,19 @@ class Checkpoints:
         return "none" if self._stands is None else name_of(self._stands)
 
     def _retain(self, newest: int) -> None:
-        """On rank 0, when `newest` stands."""
-        folders = {step_of(folder): folder for folder in folders_of(self._folder)}
-        best = best_of([step for step in folders if step <= newest], self._score) if self._config.keep_best else None
-        stay = kept(list(folders), newest, last=self._config.keep, every=self._config.keep_every, best=best)
+        """On rank 0, when `newest` stands. Later ones that were not there at the start are somebody's: a disk that was mounted
+        since then."""
         try:
+            folders = {step_of(folder): folder for folder in folders_of(self._folder)}
+            best = best_of([step for step in folders if step <= newest], self._score) if self._config.keep_best else None
+            stay = kept(list(folders), newest, last=self._config.keep, every=self._config.keep_every, best=best)
             for step, folder in folders.items():
-                if step not in stay:
+                if step > newest and step not in self._seen:
+                    self._note(f"{folder} is of a later step and was not there when this run started: left alone")
+                elif step not in stay:
                     discard(folder)
+        except InputError as error:
+            self._note(f"no old checkpoint is removed: {error}")
         except OSError as error:
             self._note(
                 f"an old checkpoint cannot be removed: {error.strerror} ({error.filename}); mend that before the disk is full"

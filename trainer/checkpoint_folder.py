@@ -10,6 +10,7 @@ looked at: nothing reads them. No torch here, no collectives.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ INDEX = f"{TENSORS}/.metadata"
 NEEDED = (STATE, ARRAYS, INDEX)
 UNFINISHED, GOING = ".tmp", ".old.tmp"
 NAME = re.compile(r"step-(\d{6,})")
+CHUNK_BYTES = 1 << 20
+"""Read at a time for a checksum."""
 READERS = 8
 """Files whose checksums are taken at a time."""
 
@@ -43,8 +46,18 @@ def step_of(folder: Path) -> int:
 
 
 def folders_of(checkpoints: Path) -> list[Path]:
-    """By step; whole ones and damaged ones."""
-    return sorted((path for path in checkpoints.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    """By step; whole ones and damaged ones. Raises InputError where the folder cannot be looked at: a run that does not see what
+    it has learnt would begin anew."""
+    try:
+        with os.scandir(checkpoints) as entries:
+            found = [checkpoints / entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        if not checkpoints.is_symlink():
+            return []
+        raise InputError(f"{checkpoints}: is a link to nothing; is a disk not mounted? Mend or remove it") from None
+    except OSError as error:
+        raise InputError(f"{checkpoints}: cannot be looked at ({error.strerror}); mend that, or name another run") from None
+    return sorted(found, key=step_of)
 
 
 def newest_whole(checkpoints: Path, note: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -52,9 +65,16 @@ def newest_whole(checkpoints: Path, note: Callable[[str], None] = lambda _: None
 
     Raises InputError where there are some and none is whole: to begin anew beside what was trained must be somebody's decision.
     """
+    return newest_of(checkpoints, folders_of(checkpoints), damage, note)
+
+
+def newest_of(
+    checkpoints: Path, folders: Sequence[Path], check: Callable[[Path], str | None], note: Callable[[str], None]
+) -> Path | None:
+    """`newest_whole` among these, by step; check: gives what is wrong with one."""
     problems = []
-    for folder in reversed(folders_of(checkpoints)):
-        problem = damage(folder)
+    for folder in reversed(folders):
+        problem = check(folder)
         if problem is None:
             return folder
         note(f"checkpoint {folder.name} skipped: {problem}")
@@ -83,8 +103,9 @@ def complete_checkpoint(run: Path, step: int | None = None) -> Path:
     return wanted
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def damage(folder: Path, share: int = 0, shares: int = 1, stir: Callable[[], None] = lambda: None) -> str | None:
+    """What is wrong with a checkpoint, or None. share, of shares: only every so-many-th file's checksum is taken; stir: called,
+    from any thread, as bytes are read."""
     try:
         files = read_manifest(folder)
     except (OSError, ValueError) as error:
@@ -92,19 +113,20 @@ def damage(folder: Path) -> str | None:
     for name in NEEDED:
         if name not in files:
             return f"{MANIFEST} does not name {name}"
+    mine = sorted(files.items())[share::shares]
     with ThreadPoolExecutor(READERS) as pool:
-        checks = pool.map(lambda item: _fault(folder, *item), files.items())
+        checks = pool.map(lambda item: _fault(folder, *item, stir), mine)
         return next((fault for fault in checks if fault is not None), None)
 
 
-def _fault(folder: Path, name: str, facts: dict[str, Any]) -> str | None:
+def _fault(folder: Path, name: str, facts: dict[str, Any], stir: Callable[[], None]) -> str | None:
     path = folder / name
     try:
         if not path.is_file():
             return f"{name} is missing"
         if (size := path.stat().st_size) != facts["bytes"]:
             return f"{name} has {size} bytes, not {facts['bytes']}"
-        if _digest(path) != facts["sha256"]:
+        if _digest(path, stir) != facts["sha256"]:
             return f"{name} does not match its checksum"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
@@ -133,6 +155,7 @@ def describe(folder: Path, paths: Iterable[Path]) -> Files:
 def create(beside: Path) -> None:
     """An empty folder to write a checkpoint into; what unfinished ones left behind is removed first."""
     clear_unfinished(beside.parent)
+    _remove(beside)
     (beside / TENSORS).mkdir(parents=True)
 
 
@@ -176,9 +199,11 @@ def discard(folder: Path) -> None:
 
 
 def clear_unfinished(checkpoints: Path) -> None:
+    """What can be removed of it: a file that another program holds open on a network file system stays until the next time."""
     for path in checkpoints.glob(f"step-*{UNFINISHED}"):
         if NAME.fullmatch(path.name.removesuffix(GOING).removesuffix(UNFINISHED)):
-            _remove(path)
+            with contextlib.suppress(OSError):
+                _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -204,6 +229,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, stir: Callable[[], None] = lambda: None) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+            stir()
+    return digest.hexdigest()

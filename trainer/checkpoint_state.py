@@ -18,6 +18,7 @@ from rollout.errors import InputError
 from rollout.recovery import Ledger
 from rollout.types import Group, Prompt, Sample, Verdict
 from trainer.checkpoint_folder import ARRAYS, STATE, flush
+from trainer.disk import refusals
 
 FORMAT = 2
 """Of a checkpoint's folder. 1 kept the optimizer's settings as pickles among the tensors."""
@@ -48,7 +49,8 @@ class Packed:
 
     def write(self, folder: Path, random_states: list[np.ndarray]) -> None:
         arrays = self.arrays | {f"random.{rank}": value for rank, value in enumerate(random_states)}
-        save_file(arrays, folder / ARRAYS)
+        with refusals(folder / ARRAYS):
+            save_file(arrays, folder / ARRAYS)
         (folder / STATE).write_text(self.record, encoding="utf-8")
         for name in (ARRAYS, STATE):
             flush(folder / name)
@@ -66,7 +68,7 @@ def pack(state: RunState, updates: int, ranks: int) -> Packed:
         "sources": state.sources,
         "buffer": groups,
     }
-    return Packed(json.dumps(record, ensure_ascii=False, indent=1), arrays)
+    return Packed(json.dumps(record, indent=1), arrays)  # ASCII: half a surrogate pair in a text must not end every save
 
 
 def read(folder: Path) -> tuple[RunState, int, list[np.ndarray]]:

@@ -33,6 +33,7 @@ from trainer import cli
 from trainer.checkpoint_folder import complete_checkpoint, flush
 from trainer.checkpoint_weights import CheckpointWeights
 from trainer.config_file import load_config
+from trainer.disk import refusals
 from trainer.model_folder import check_full_precision_folder
 
 FORMATS = ("base", "bfloat16", "float32", "fp8")
@@ -144,7 +145,8 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, file_byte
     """Into model.safetensors, or into as many files of about `file_bytes` as it takes, with their index; bytes in all."""
     total, names = 0, []
     for number, part in enumerate(_parts(tensors, file_bytes)):
-        save_file(part, folder / f"part-{number}", metadata={"format": "pt"})
+        with refusals(folder / f"part-{number}"):
+            save_file(part, folder / f"part-{number}", metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in part.values())
         names.append(list(part))
     if len(names) == 1:

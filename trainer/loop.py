@@ -27,6 +27,7 @@ from trainer.batch import MiniBatch, mini_batch, mini_batches
 from trainer.checkpoint import Checkpoints, RunState
 from trainer.config import RunConfig, StageConfig
 from trainer.config_file import dump_config
+from trainer.cursors import go_on
 from trainer.evaluation import evaluate
 from trainer.guards import Guard
 from trainer.host_memory import give_back
@@ -320,9 +321,7 @@ class TrainingLoop:
         if self.inputs is None:
             return
         self.parts.sampler.state = SamplerState(replace(state.ledger), list(state.buffer))
-        for key, cursor in state.sources.items():
-            if key in self.inputs.sources:
-                self.inputs.sources[key].load(cursor)
+        go_on(self.config, self.inputs.sources, state.sources, state.step)
 
     def write(self, step: int, stage: StageConfig, measured: dict[str, Any]) -> None:
         head = {

@@ -36,10 +36,13 @@ def save_model_folder(policy: Policy, source: Path, target: Path, *, first: bool
         return
     from safetensors.torch import save_file
 
+    from trainer.disk import refusals
+
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
+    with refusals(beside / "model.safetensors"):
+        save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if (source / name).exists():
             shutil.copyfile(source / name, beside / name)

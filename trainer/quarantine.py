@@ -26,6 +26,7 @@ from rollout.ranks import Ranks
 from rollout.types import Group
 from trainer.actor import ScoredMiniBatch, UpdateResult
 from trainer.checkpoint_state import pack_groups, unpack_groups
+from trainer.disk import refusals
 from trainer.token_values import gathered, key_of
 
 FOLDER = "quarantine"
@@ -81,8 +82,9 @@ class Quarantine:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            save_file(arrays, beside / "arrays.safetensors")
-            text = json.dumps(facts | {"groups": records}, ensure_ascii=False, indent=1, allow_nan=False)
+            with refusals(beside / "arrays.safetensors"):
+                save_file(arrays, beside / "arrays.safetensors")
+            text = json.dumps(facts | {"groups": records}, indent=1, allow_nan=False)
             (beside / "batch.json").write_text(text, encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)

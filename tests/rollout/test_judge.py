@@ -553,3 +553,42 @@ def test_the_check_before_a_run(endpoint):
     with pytest.raises(InputError, match="no verdict within 1 s"):
         check_endpoint(settings_of(endpoint, timeout_seconds=0.5))
     assert time.monotonic() - start < 3
+
+
+def test_a_damaged_store_costs_requests_and_not_the_run(endpoint, tmp_path):
+    store, notes, pairs = tmp_path / "store", [], numbered(300)
+    with JudgeVerifier(settings_of(endpoint), store=store) as judge:
+        first = judge.verify(pairs)
+    content = bytearray(store.read_bytes())
+    pages = len(content) // 4096
+    assert pages > 4
+    content[4096 * (pages - 3) :] = bytes(4096 * 3)
+    store.write_bytes(content)
+    before = len(endpoint.requests)
+    with JudgeVerifier(settings_of(endpoint), store=store, note=notes.append) as judge:
+        assert judge.verify(pairs) == first
+        again = len(endpoint.requests)
+        assert again > before, "some were lost"
+        assert judge.verify(pairs) == first
+        assert len(endpoint.requests) == again, "what cannot be kept there is kept in memory"
+    (note,) = notes
+    assert note.startswith(f"judge: {store}: ")
+    assert "malformed" in note
+    assert "decisions are kept in memory; free space there, or if it is damaged remove it before the next start" in note
+
+
+def test_a_store_on_a_full_disk_costs_no_verdict(endpoint, tmp_path, monkeypatch):
+    notes = []
+    with JudgeVerifier(settings_of(endpoint), store=tmp_path / "store", note=notes.append) as judge:
+        judge._run(capped(judge._store))
+        verdicts = judge.verify(numbered(200))
+        assert reasons(verdicts) == ["right"] * 200
+        assert judge.verify(numbered(200)) == verdicts
+        assert len(endpoint.requests) == 200
+    assert ["full" in note for note in notes] == [True]
+
+
+async def capped(store):
+    """A file that must not grow any more is SQLite's full disk."""
+    (pages,) = store._base.execute("PRAGMA page_count").fetchone()
+    store._base.execute(f"PRAGMA max_page_count = {pages}")

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from rollout.errors import InputError
 from rollout.ranks import Ranks
 from trainer.actor import Actor
+from trainer.checkpoint_folder import read_manifest
 from trainer.checkpoint_tensors import Writer
 from trainer.distributed import MESH_NAMES, mesh_shape
 
@@ -105,6 +106,26 @@ def fail(ranks: Ranks, mesh: DeviceMesh, folder: Path) -> dict:
     return {"outcomes": [each for each, _ in everywhere], "said": [each for _, each in everywhere], "left": left}
 
 
+def skip(ranks: Ranks, mesh: DeviceMesh, folder: Path) -> dict:
+    """Of three checkpoints the newest two are damaged: in a file of rank 0's share, and in one of rank 1's."""
+    said: list[str] = []
+    actor = small_actor(mesh)
+    with checkpoints(folder / "damaged", ranks=ranks, keep=3) as kept:
+        for step in (1, 2, 3):
+            kept.save(actor, state_at(step), wait=True)
+    for step in (2, 3):
+        checkpoint = folder / f"damaged/checkpoints/step-{step:06d}"
+        if ranks.first:
+            victim = checkpoint / sorted(read_manifest(checkpoint))[step - 2]
+            content = bytearray(victim.read_bytes())
+            content[-1] ^= 1
+            victim.write_bytes(content)
+    ranks.all_gather(None)
+    state = checkpoints(folder / "damaged", said.append, ranks).resume(actor)
+    everywhere = ranks.all_gather((state.step, said))
+    return {"steps": [step for step, _ in everywhere], "said": [said for _, said in everywhere]}
+
+
 def launch(work: Work, name: str, folder: Path, size: int, shards: int | None = None) -> None:
     children = []
     for rank in range(size):
@@ -138,6 +159,7 @@ def main(folder: Path) -> None:
         launch(resume, f"on {size}", folder, size)
     launch(save_copies, "copies", folder, SAVED_ON, 2)
     launch(fail, "failing", folder, 2)
+    launch(skip, "damaged", folder, 2)
 
 
 if __name__ == "__main__":

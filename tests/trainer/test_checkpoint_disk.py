@@ -4,14 +4,20 @@ import errno
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from checkpoint_actor import checkpoints, names, same, small_actor, state_at, update, values_of
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from rollout.errors import InputError
-from trainer import checkpoint_write
+from rollout.types import Prompt, Verdict
+from trainer import checkpoint_state, checkpoint_write
 from trainer.checkpoint_tensors import Writer
+from trainer.disk import refusals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,6 +127,79 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said(mesh, run, monkeypatch
     kept.save(small_actor(mesh), state_at(3), wait=True)
     assert [line.split(":")[0] for line in said] == ["an old checkpoint cannot be removed"]
     assert kept.measured()["checkpoint/failed"] == 0
+
+
+def test_an_old_checkpoint_that_is_removed_in_part_fails_no_later_save(mesh, run, monkeypatch):
+    said, actor, plain = [], small_actor(mesh), shutil.rmtree
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("step-000001.old.tmp"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        plain(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    kept = checkpoints(run, said.append, keep=2)
+    kept.resume(actor)
+    for step in (3, 4, 5, 6):
+        kept.save(actor, state_at(step), wait=True)
+    assert kept.measured()["checkpoint/failed"] == 0
+    assert names(run) == ["step-000001.old.tmp", "step-000005", "step-000006"]
+    assert [line.split(":")[0] for line in said] == ["an old checkpoint cannot be removed"]
+
+
+def test_later_checkpoints_that_came_after_the_start_are_left_alone(mesh, run, tmp_path):
+    """A disk that was mounted over the folder while the run, which saw none, began anew."""
+    said, actor = [], small_actor(mesh)
+    kept = checkpoints(tmp_path / "late", said.append, keep=1)
+    assert kept.resume(actor).step == 0
+    shutil.copytree(run / "checkpoints", tmp_path / "late/checkpoints")
+    (tmp_path / "late/checkpoints/step-000002").rename(tmp_path / "late/checkpoints/step-000820")
+    kept.save(actor, state_at(3), wait=True)
+    assert names(tmp_path / "late") == ["step-000003", "step-000820"]
+    assert [line.split("checkpoints/")[1] for line in said] == [
+        "step-000820 is of a later step and was not there when this run started: left alone"
+    ]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_fills_before_the_state_is_a_failed_save_and_no_defect(mesh, run, monkeypatch, asynchronous):
+    """safetensors raises an error of its own."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    said, actor = [], small_actor(mesh)
+    kept = checkpoints(run, said.append, asynchronous=asynchronous)
+    kept.resume(actor)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_state, "save_file", full)
+        kept.save(actor, state_at(3))
+        with pytest.raises(InputError, match=r"step 3 failed: No space left on device \(.*step-000003.tmp/arrays.safetensors\)"):
+            kept.finish()
+    assert names(run) == ["step-000001", "step-000002"]
+    kept.save(actor, state_at(4), wait=True)
+    assert "step-000004" in names(run)
+
+
+def test_half_a_surrogate_pair_is_kept_as_it_is(mesh, tmp_path):
+    """From an id, from a prompt's metadata, from a judge's reason: no file takes it as it stands, and every save would fail."""
+    state, actor = state_at(1), small_actor(mesh)
+    half = "a \ud83d half 思"
+    group = replace(state.buffer[0], prompt=Prompt(half, "?", "!", metadata={half: [half]}))
+    state.buffer = [replace(group, verdicts=(Verdict(True, "right", half), Verdict(False, "wrong")))]
+    checkpoints(tmp_path).save(actor, state, wait=True)
+    (found,) = checkpoints(tmp_path).resume(actor).buffer
+    assert (found.prompt, found.verdicts) == (state.buffer[0].prompt, state.buffer[0].verdicts)
+
+
+def test_what_safetensors_meets_on_a_full_disk_is_an_os_error(small_disk, tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, refusals(small_disk / "file"):
+        save_file({"a": np.zeros(1 << 20)}, small_disk / "file")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(small_disk / "file"))
+    with pytest.raises(FileNotFoundError), refusals(tmp_path / "no folder/file"):
+        save_file({"a": np.zeros(1)}, tmp_path / "no folder/file")
+    with pytest.raises(SafetensorError), refusals(tmp_path / "file"):
+        raise SafetensorError("of another kind")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Which checkpoints stay and which one is taken, with folders that hold next to nothing."""
 
+import errno
 import os
 
 import pytest
@@ -78,6 +79,69 @@ def test_what_is_not_a_checkpoint_is_left_alone(tmp_path):
     assert [folder.name for folder in folders_of(tmp_path)] == ["step-000003"]
     clear_unfinished(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "step-000003", tmp_path / "step-000009", *mine])
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_empty(tmp_path, monkeypatch):
+    """A disk that is not mounted yet: a run that began anew there would later remove what it had learnt."""
+    checkpoints = tmp_path / "checkpoints"
+    assert folders_of(checkpoints) == []
+    checkpoints.symlink_to(tmp_path / "scratch")
+    with pytest.raises(InputError, match="checkpoints: is a link to nothing; is a disk not mounted"):
+        newest_whole(checkpoints)
+    write(tmp_path / "scratch", 7)
+    assert newest_whole(checkpoints).name == "step-000007"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be looked at \(Not a directory\)"):
+        folders_of(tmp_path / "file")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint_folder.os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"cannot be looked at \(Permission denied\)"):
+        complete_checkpoint(tmp_path)
+
+
+def test_shares_of_the_checksums_cover_every_file_once(tmp_path):
+    folder = write(tmp_path, 1)
+    for name in NEEDED:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b"~")
+        found = [damage(folder, share, 3) for share in range(3)]
+        assert [each for each in found if each is not None] == [f"{name} does not match its checksum"]
+        (folder / name).write_bytes(content)
+
+
+def test_reading_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "CHUNK_BYTES", 1000)
+    folder = write(tmp_path, 1, "x" * 10_000)
+    signs = []
+    assert damage(folder, stir=lambda: signs.append(1)) is None
+    assert len(signs) > 10 * len(NEEDED)
+
+
+def test_an_unfinished_one_that_cannot_be_removed_hinders_no_other(tmp_path, monkeypatch):
+    """As where another program holds one of its files open on a network file system."""
+    left = tmp_path / "step-000001.old.tmp"
+    (left / "dcp").mkdir(parents=True)
+    (tmp_path / "step-000002.tmp").mkdir()
+
+    def refuse(path, plain=checkpoint_folder.shutil.rmtree):
+        if path.name in ("step-000001.old.tmp", "step-000003.tmp"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        plain(path)
+
+    monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", refuse)
+    clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.old.tmp"]
+    write(tmp_path, 2)
+    assert newest_whole(tmp_path).name == "step-000002"
+    (tmp_path / "step-000003.tmp").mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        create(tmp_path / "step-000003.tmp")
+    monkeypatch.undo()
+    clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_files_that_nothing_reads_do_no_harm(tmp_path):

@@ -88,3 +88,12 @@ def test_where_one_rank_fails_all_do(folder):
         assert outcome.endswith("the same command continues from the last good one, step-000001")
     assert [len(said) for said in result["said"]] == [3, 3]
     assert result["left"] == ["step-000001"]
+
+
+def test_what_any_rank_finds_damaged_all_skip(folder):
+    result = found(folder, "damaged")
+    assert result["steps"] == [1, 1]
+    first, second = result["said"]
+    assert [line.split(" skipped: ")[0] for line in first] == ["checkpoint step-000003", "checkpoint step-000002"]
+    assert all("does not match its checksum" in line for line in first)
+    assert second == []

@@ -249,11 +249,13 @@ def test_a_batch_that_cannot_be_kept_is_told_and_ends_nothing(mesh, tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_batch(mesh, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
     from trainer import quarantine as module
 
     def full(arrays, path):
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(module, "save_file", full)
     notes = []

@@ -1,7 +1,9 @@
 """The record of a run survives kills: what is in the file after any of them is what a run without the kill would hold."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -125,3 +127,78 @@ def test_a_steps_score_is_the_mean_over_its_sets_and_survives_a_resume(tmp_path)
         assert [writer.score(step) for step in (0, 1, 2, 4)] == [0.375, None, None, 1.0]
     with MetricsWriter(tmp_path, resume_after=2) as writer:
         assert [writer.score(step) for step in (0, 2, 4)] == [0.375, None, None]
+
+
+class Full:
+    """A file on a disk that takes so many bytes, and then none until it is mended."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(content[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 5, 41])
+def test_rows_that_the_disk_refuses_wait_and_none_is_lost(tmp_path, room):
+    notes = []
+    with MetricsWriter(tmp_path, resume_after=None, note=notes.append) as writer:
+        writer.write(train(1))
+        disk = writer._file = Full(writer._file, room)
+        for step in (2, 3, 4):
+            writer.write(train(step))
+        assert len(notes) == 1
+        where = f"{tmp_path}/{METRICS_FILE}"
+        assert notes[0] == f"{where}: No space left on device: rows wait in memory until it takes them; free space there"
+        assert [row["step"] for row in read_metrics(tmp_path)][:1] == [1], "what is torn is at the end, and readers know that"
+        disk.room = 1 << 20
+        writer.write(train(5))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert notes[1:] == [f"{where}: takes rows again; all that waited are written"]
+
+
+def test_rows_that_are_lost_in_the_end_are_an_error(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_after=None)
+    writer._file = Full(writer._file, 0)
+    for step in (1, 2):
+        writer.write(train(step))
+    with pytest.raises(InputError, match="its last 2 rows could not be written; free space, and give the command again"):
+        writer.close()
+
+
+def test_tensorboard_is_a_view_and_ends_no_run(tmp_path):
+    notes = []
+
+    class Broken:
+        def add_scalar(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = add_scalar
+
+    with MetricsWriter(tmp_path, resume_after=None, note=notes.append) as writer:
+        writer._tensorboard.close()
+        writer._tensorboard = Broken()
+        for step in (1, 2):
+            writer.write(train(step, loss=0.5))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    (note,) = notes
+    assert note.startswith("TensorBoard's files cannot be written ([Errno 28] No space left on device): no more of them")
+
+
+def test_a_second_start_from_nothing_takes_no_records_place(tmp_path):
+    for start in (1, 2, 3):
+        with MetricsWriter(tmp_path, resume_after=None) as writer:
+            if start < 3:
+                writer.write(train(10 * start))
+    with MetricsWriter(tmp_path, resume_after=None):
+        pass
+    assert "10" in (tmp_path / f"{METRICS_FILE}.old").read_text()
+    assert "20" in (tmp_path / f"{METRICS_FILE}.old.2").read_text()
+    assert len(list(tmp_path.glob(f"{METRICS_FILE}*"))) == 3, "an empty one is nobody's record"

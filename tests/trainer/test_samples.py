@@ -272,6 +272,10 @@ def test_what_a_run_that_goes_on_finds(tmp_path):
             "as its metrics: a run that begins anew loses nothing"
         )
     assert len(list((tmp_path / "samples.old").iterdir())) == 3
+    write_step(tmp_path, 1, [kept(1)])
+    drop_after(tmp_path, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.old", "samples.old.2"]
+    assert len(list((tmp_path / "samples.old").iterdir())) == 3, "a second start from nothing takes no record's place"
 
 
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch):

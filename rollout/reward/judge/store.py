@@ -1,7 +1,8 @@
 """Decisions that were paid for, and what they cost: one SQLite file a rank in the run's folder, or memory.
 
 A decision is found again by the content of its case and whatever else it depends on. So a run that was stopped and does a step
-again gets the verdicts that it had, and asks for none of them twice.
+again gets the verdicts that it had, and asks for none of them twice. A disk that is full, or a file that turns out to be damaged,
+costs that and not the run: what cannot be kept there is kept in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from rollout.errors import InputError
@@ -25,9 +27,15 @@ INSERT OR IGNORE INTO spent VALUES (1, 0, 0);
 
 
 class Store:
-    """path: None keeps it in memory. Used from the thread that made it. Raises InputError for a file that is none of these."""
+    """path: None keeps it in memory. note: told once that the file fails. Used from the thread that made it.
 
-    def __init__(self, path: Path | None) -> None:
+    Raises InputError for a file that is none of these.
+    """
+
+    def __init__(self, path: Path | None, note: Callable[[str], None] = lambda _: None) -> None:
+        self._path, self._note, self._failed = path, note, False
+        self._memory: dict[bytes, Decision] = {}
+        """What the file did not take."""
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,26 +43,43 @@ class Store:
             # Each line is kept as it comes and survives a kill; a power cut may take the file with it, which costs requests only.
             self._base.execute("PRAGMA synchronous = OFF")
             self._base.executescript(_TABLES)
-        except (sqlite3.Error, OSError) as error:
+            self._spent = Spent(*self._base.execute("SELECT requests, tokens FROM spent").fetchone())
+        except (sqlite3.Error, OSError, TypeError) as error:  # TypeError: there is no such row
             raise InputError(f"{path}: no store of a judge's decisions ({error}); remove it, and they are asked anew") from None
 
     def spent(self) -> Spent:
-        return Spent(*self._base.execute("SELECT requests, tokens FROM spent").fetchone())
+        """As it was when the store was opened."""
+        return self._spent
 
     def find(self, key: bytes) -> Decision | None:
-        row = self._base.execute("SELECT parts, process, reason FROM decision WHERE key = ?", (key,)).fetchone()
-        if row is None:
+        if key in self._memory:
+            return self._memory[key]
+        rows = self._ask("SELECT parts, process, reason FROM decision WHERE key = ?", key)
+        if not rows:
             return None
-        parts, process, reason = row
+        parts, process, reason = rows[0]
         return Decision(tuple(part == "1" for part in parts), None if process is None else bool(process), reason)
 
     def keep(self, key: bytes, decision: Decision) -> None:
         parts = "".join("1" if part else "0" for part in decision.parts)
         process = None if decision.process is None else int(decision.process)
-        self._base.execute("INSERT OR REPLACE INTO decision VALUES (?, ?, ?, ?)", (key, parts, process, _whole(decision.reason)))
+        kept = self._ask("INSERT OR REPLACE INTO decision VALUES (?, ?, ?, ?)", key, parts, process, _whole(decision.reason))
+        if kept is None:
+            self._memory[key] = decision
 
     def keep_spent(self, spent: Spent) -> None:
-        self._base.execute("UPDATE spent SET requests = ?, tokens = ?", (spent.requests, spent.tokens))
+        self._ask("UPDATE spent SET requests = ?, tokens = ?", spent.requests, spent.tokens)
+
+    def _ask(self, statement: str, *values: object) -> list[tuple] | None:
+        """The rows; None where the file fails."""
+        try:
+            return self._base.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            if not self._failed:
+                mend = "free space there, or if it is damaged remove it before the next start"
+                self._note(f"judge: {self._path}: {error}: decisions are kept in memory; {mend}")
+            self._failed = True
+            return None
 
     def close(self) -> None:
         self._base.close()

@@ -88,7 +88,7 @@ class JudgeVerifier:
         self._thread.start()
 
         async def connect() -> None:
-            self._store = Store(store)
+            self._store = Store(store, note)
             self._spent = self._store.spent()
             shares = [_share(budget, rank, ranks) for budget in (settings.budget_requests, settings.budget_tokens)]
             self._endpoint = Endpoint(settings, key, self._spent, *shares)
