@@ -21,7 +21,7 @@ help:
 	@echo "make bench    the kernels beside every installed peer: a table, JSON and a plot in benchmarks/results"
 	@echo "make lint     ruff"
 	@echo "make setup    the private environment and the native kernels; seconds when nothing changed"
-	@echo "make smollm2  convert SmolLM2-135M-Instruct to models/smollm2-135m for configs/gsm8k-smollm2.yaml"
+	@echo "make smollm2  convert SmolLM2-135M-Instruct to models/smollm2-135m for configs/*-smollm2.yaml"
 
 setup: $(NATIVE)
 

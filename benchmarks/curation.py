@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import random
 import re
@@ -378,12 +379,13 @@ def plot(sizes: dict[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     left.plot(rows, [point["seconds"] for point in points], "o-", linewidth=2.5, color="black", label="all")
     for step in points[-1]["step_seconds"]:
-        left.plot(rows, [max(point["step_seconds"].get(step, 0), 0.05) for point in points], "o-", markersize=3, label=step)
+        seconds = [point["step_seconds"].get(step, 0) or math.nan for point in points]  # 0.0 has no place on this scale
+        left.plot(rows, seconds, "o-", markersize=3, label=step)
     left.plot(rows, [points[-1]["seconds"] * count / rows[-1] for count in rows], ":", color="grey", label="linear")
-    left.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds", title="time")
+    left.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds", title="time (steps below 0.05 s are left out)")
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     right.plot(rows, [point["peak_gib"] for point in points], "o-", label="with workers")
-    right.plot(rows, [point["own_peak_gib"] for point in points], "o-", label="alone")
+    right.plot(rows, [point["own_peak_gib"] for point in points], "o--", markersize=3, label="alone")  # often the same
     right.set(xscale="log", xlabel="rows", ylabel="GiB", title="peak memory", ylim=(0, None))
     right.legend(fontsize=8)
     for suffix in (".png", ".svg"):

@@ -46,7 +46,7 @@ def draw(file: Path) -> Path:
         figure.text(0.012, 0.985, title, fontsize=12, fontweight="bold", va="top")
         note = f"{_place(record)}; vLLM {machine['vllm']}; {machine['date']}, commit {machine['commit']}"
         figure.text(0.012, 0.952, note, fontsize=8.5, color="#666666", va="top")
-        handles = _legend(record["servers"])
+        handles = _legend(record)
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) < 7 else 4)
         path = file.with_suffix(".png")
         figure.savefig(path, metadata={"Software": None})
@@ -119,10 +119,24 @@ def _looks(servers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [LOOKS[place % len(LOOKS)] for place in range(len(servers))]
 
 
-def _legend(servers: Sequence[Mapping[str, Any]]) -> list[Line2D]:
+def names(record: Mapping[str, Any]) -> list[str]:
+    """What the legend calls the servers: how each computes, where that tells them apart, else its model folder."""
+    servers = record["servers"]
+    precisions = [
+        record["settings"]["dtype"] if server["quantization"] is None
+        else "FP8 (emulated)" if "TorchFP8" in str(server["kernels"]) and record["machine"]["device"] == "cpu"
+        else str(server["quantization"])
+        for server in servers
+    ]  # fmt: skip
+    if len(set(precisions)) == len(servers) and not any(server["url"] for server in servers):
+        return precisions
+    return [Path(server["model"]).name for server in servers]
+
+
+def _legend(record: Mapping[str, Any]) -> list[Line2D]:
     lines = [
-        Line2D([], [], color=color, marker=marker, linewidth=1.8, label=Path(server["model"]).name)
-        for server, (color, marker) in zip(servers, _looks(servers), strict=True)
+        Line2D([], [], color=color, marker=marker, linewidth=1.8, label=name)
+        for name, (color, marker) in zip(names(record), _looks(record["servers"]), strict=True)
     ]
     return [
         *lines,

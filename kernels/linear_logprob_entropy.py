@@ -1,4 +1,4 @@
-"""Log-probability and entropy straight from hidden states and the output weight, never holding all logits.
+"""Log-probability and entropy straight from hidden states and the output weight, never holding more than a chunk of the logits.
 
     logits_TV = hidden_TD @ weight_VD^T      in chunks of rows, fp32, each dropped as soon as it has been reduced
 

@@ -67,7 +67,7 @@ class PolicyLoss:
 
 
 def linear_policy_loss(hidden_TD: Tensor, weight_VD: Tensor, inputs: PolicyLossInputs) -> PolicyLoss:
-    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64; never holds [T, V]. d_weight is summed in fp32.
+    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64; holds at most a chunk of [T, V]. d_weight is summed in fp32.
 
     Gradients are formed in the forward where grad mode is on, and given out by ONE backward; a second raises RuntimeError.
     d_weight has the dtype `head.gradient_dtype` says: fp32 where a bf16 leaf sets grad_dtype to it, else the weight's. Raises

@@ -1,4 +1,5 @@
-"""From a question to the token ids that an engine is fed: the system prompt of R1's recipe, through the model's chat template."""
+"""From a question to the token ids that an engine is fed: the system prompt of R1's recipe in our words, through the model's chat
+template."""
 
 from __future__ import annotations
 

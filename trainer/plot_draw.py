@@ -48,7 +48,7 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 20,  # room for the stages' names between title and axes
+    "axes.titlepad": 32,  # room for the stages' names between title and axes
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
@@ -242,10 +242,18 @@ def _draw_bands(axes: Axes, bands: tuple[Band, ...], edges: np.ndarray, *, stage
         left, right = edges[band.first], edges[band.last + 1]
         if place % 2:
             axes.axvspan(left, right, color="#F2F2F2", linewidth=0, zorder=0)
-        number = f"{band.stage + 1}"
-        names = (*stage_names(band), f"stage {number}", number)
-        axes.add_artist(_BandName(axes, left, right, names, _stage_color(band) if stage_colors else "#555555"))
+        axes.add_artist(_BandName(axes, left, right, _band_names(band), _stage_color(band) if stage_colors else "#555555"))
     axes.set_xlim(edges[0], max(edges[-1], edges[0] + 1))
+
+
+def _band_names(band: Band) -> tuple[str, ...]:
+    """Longest first. The context stands in a line of its own, so that a band too narrow for the stage's name still says it."""
+    number, (whole, *rest) = f"{band.stage + 1}", stage_names(band) or ("",)
+    if not rest:
+        return (*filter(None, [whole]), f"stage {number}", number)
+    (name,) = rest
+    context = whole.removeprefix(f"{name}, ")
+    return (f"{name}\n{context}", f"stage {number}\n{context}", f"{number}\n{context}", f"stage {number}", number)
 
 
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str | None, window: int | None = None) -> None:

@@ -1,4 +1,5 @@
-"""The picture of a run's JSON: time a token over T, a panel an operation, every contender a labelled line, the floor dashed.
+"""The picture of a run's JSON: time a token over T, a panel an operation, every contender a labelled line, the floor dashed. An
+operation that was measured at one T alone has bars, for one point is no line.
 
 Time a token, because time itself grows with T for all alike and would hide that lines lie a factor of two apart. Colours are
 Okabe and Ito's, and markers differ too, so that lines are told apart without colour. Of the shapes of an operation the one
@@ -31,7 +32,7 @@ PANELS = (
     ("linear_policy_loss", BOTH),
     ("clipped_policy_loss", BOTH),
 )
-FLOOR = "floor"
+FLOOR, GREY = "floor", "#8C8C8C"
 LOOKS = {
     "keju": ("#0072B2", "o"),
     "keju, fp32 d_weight": ("#56B4E9", "o"),
@@ -131,7 +132,7 @@ def draw(file: Path) -> Path:
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for ax, panel in zip(axes, found, strict=False):
-            _draw_panel(ax, panel)
+            draw_panel(ax, panel)
         for ax in axes[len(found) :]:
             ax.set_axis_off()
         note = f"{machine['date'][:10]}, commit {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}"
@@ -141,10 +142,41 @@ def draw(file: Path) -> Path:
     return path
 
 
-def _draw_panel(ax: Axes, panel: Panel) -> None:
+def draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set_title(f"{panel.title}\n", pad=2)
-    ax.text(0, 1.015, panel.subtitle, transform=ax.transAxes, fontsize=8, color="#666666")
     tokens = sorted({count for line in panel.lines.values() for count in line})
+    subtitle = f"T = {_thousands(tokens[0])}, {panel.subtitle}" if len(tokens) == 1 else panel.subtitle
+    ax.text(0, 1.015, subtitle, transform=ax.transAxes, fontsize=8, color="#666666")
+    if len(tokens) == 1:
+        _draw_bars(ax, {name: line[tokens[0]] for name, line in panel.lines.items()})
+    else:
+        _draw_lines(ax, panel, tokens)
+
+
+def _draw_bars(ax: Axes, times: Mapping[str, float]) -> None:
+    """times: microseconds a token by contender. The fastest on top, the floor among them hollow, with a line through all."""
+    names = sorted(times, key=times.__getitem__)
+    ax.grid(axis="y", visible=False)
+    for row, name in enumerate(names):
+        color, _ = look(name)
+        hollow = {"color": "white", "edgecolor": color, "linestyle": (0, (4, 2))} if name == FLOOR else {"color": color}
+        ax.barh(row, times[name], 0.62, **hollow)
+        ax.annotate(
+            _three_digits(times[name]), (times[name], row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
+            color="#444444", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
+    if FLOOR in times:
+        ax.axvline(times[FLOOR], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), zorder=0.9)
+    ax.set_yticks(range(len(names)), [SHORT.get(name, name) for name in names], fontsize=8)
+    for label, name in zip(ax.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == "keju" else "normal")
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlim(0, 1.16 * max(times.values()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _three_digits(value)))
+    ax.set_xlabel("µs a token")
+
+
+def _draw_lines(ax: Axes, panel: Panel, tokens: Sequence[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     for name, line in panel.lines.items():
@@ -156,8 +188,6 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             markerfacecolor="white" if "," in name else color,
             linestyle=(0, (4, 2)) if name == FLOOR else "-", zorder=5 if thick else 3 if name != FLOOR else 4,
         )  # fmt: skip
-        if name == FLOOR and len(points) == 1:
-            ax.axhline(points[0][1], color=color, linewidth=1.0, linestyle=(0, (4, 2)))
     ax.xaxis.set_major_locator(FixedLocator(tokens))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(int(value))))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -171,7 +201,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("T, tokens")
     ax.set_ylabel("µs a token")
-    ax.set_xlim(tokens[0] / 1.25, tokens[-1] * (1.25 if len(tokens) > 1 else 2))
+    ax.set_xlim(tokens[0] / 1.25, tokens[-1] * 1.25)
     _label(ax, panel.lines)
 
 
@@ -218,6 +248,10 @@ def look(name: str) -> tuple[str, str]:
 
 def _shape(case: Mapping) -> tuple[int, int, str]:
     return case["case"]["vocabulary"], case["case"]["hidden"], case["case"]["dtype"]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _thousands(count: int) -> str:

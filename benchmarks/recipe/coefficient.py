@@ -43,6 +43,12 @@ def arrival(record: Record) -> int:
     return int(near.argmax()) + 1 if near.any() else len(near) + 1
 
 
+def arrivals(own: Sequence[Record]) -> str:
+    """Of the seeds of one cell, each."""
+    steps = len(own[0]["train"]["entropy"])
+    return ", ".join(str(step) if step <= steps else "never" for step in map(arrival, own))
+
+
 def cells(records: Sequence[Record], of: Callable[[Record], float]) -> np.ndarray:
     """[coefficients, rates], means over seeds."""
     rows, columns = labels_of(records, "coefficient"), labels_of(records, "rate")
@@ -56,11 +62,10 @@ def find(records: Sequence[Record]) -> Findings:
     for coefficient in coefficients:
         for rate in rates:
             own = where(records, coefficient=coefficient, rate=rate)
-            arrivals = ", ".join(str(step) if step <= steps else "never" for step in map(arrival, own))
             mixed = Mean.of(last_third(record["train"]["mixed"]) for record in own)
             table.append([
-                f"{coefficient:g}", f"{rate:g}", f"{fmean(map(distance, own)):.3f}", arrivals, f"{fmean(map(final, own)):.1%}",
-                f"{mixed.mean:.1%}",
+                f"{coefficient:g}", f"{rate:g}", f"{fmean(map(distance, own)):.3f}", arrivals(own),
+                f"{fmean(map(final, own)):.1%}", f"{mixed.mean:.1%}",
             ])  # fmt: skip
     far, accuracy = cells(records, distance), cells(records, final)
     held = {
@@ -80,17 +85,16 @@ def find(records: Sequence[Record]) -> Findings:
 
 
 def draw(figure: Figure, records: Sequence[Record]) -> None:
-    rows = [f"{each:g}" for each in labels_of(records, "coefficient")]
-    columns = [f"{each:g}" for each in labels_of(records, "rate")]
-    never = len(records[0]["train"]["entropy"]) + 1
+    coefficients, rates = labels_of(records, "coefficient"), labels_of(records, "rate")
+    steps = [[arrivals(where(records, coefficient=row, rate=column)) for column in rates] for row in coefficients]
     panels = figure.subplots(1, 3)
-    for axes, title, of, form in (
-        (panels[0], "Distance of entropy to its target, last third", distance, ".2f"),
-        (panels[1], f"Steps until it is within {NEAR} ({never}: never)", arrival, ".0f"),
-        (panels[2], "pass@1", final, ".2f"),
+    for axes, title, of, texts in (
+        (panels[0], "Distance of entropy to its target, last third", distance, None),
+        (panels[1], f"Steps until it is within {NEAR}, each seed", arrival, steps),
+        (panels[2], "pass@1", final, None),
     ):
         finish(axes, title, "actor.lr", "entropy_coefficient")
-        heat(axes, rows, columns, cells(records, of), form)
+        heat(axes, [f"{each:g}" for each in coefficients], [f"{each:g}" for each in rates], cells(records, of), texts=texts)
 
 
 EXPERIMENT = Experiment(

@@ -18,6 +18,8 @@ from benchmarks.recipe.records import Mean, Record, band, smoothed
 from trainer.plot_draw import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION
 
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)))
+"""Of the same places: lines that lie on each other show through."""
 WIDTH = 0.8
 """Of a group of bars."""
 
@@ -56,7 +58,7 @@ def curves(
         mean, half = band(smooth, column)
         steps = np.arange(1, len(mean) + 1)
         axes.fill_between(steps, mean - half, mean + half, color=shade, alpha=0.18, linewidth=0)
-        axes.plot(steps, mean, color=shade, label=name, linewidth=1.8)
+        axes.plot(steps, mean, color=shade, label=name, linewidth=1.8, linestyle=DASHES[place % len(DASHES)])
 
 
 def evaluations(axes: Axes, arms: Mapping[str, Sequence[Record]], bucket: str = "all") -> None:
@@ -80,7 +82,7 @@ def over(axes: Axes, arms: Mapping[str, Sequence[Record]], x: str, y: str = "acc
         table = [np.interp(at, record["train"][x], smoothed(record["train"][y])) for record in records]
         mean, half = band([{"train": {y: row}} for row in table], y)
         axes.fill_between(at, mean - half, mean + half, color=shade, alpha=0.18, linewidth=0)
-        axes.plot(at, mean, color=shade, label=name, linewidth=1.8)
+        axes.plot(at, mean, color=shade, label=name, linewidth=1.8, linestyle=DASHES[place % len(DASHES)])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=5)
 
@@ -95,10 +97,15 @@ def bars(axes: Axes, groups: Sequence[str], arms: Mapping[str, Sequence[Mean]]) 
             error_kw={"elinewidth": 0.9, "capsize": 2, "ecolor": "#444444"},
         )  # fmt: skip
     axes.set_xticks(range(len(groups)), groups)
+    if all(mean.mean >= 0 for means in arms.values() for mean in means):
+        axes.set_ylim(bottom=0)  # an interval of a share may reach below, the share itself cannot
 
 
-def heat(axes: Axes, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, form: str = ".2f") -> None:
-    """values: [rows, columns]; each cell carries its number."""
+def heat(
+    axes: Axes, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, form: str = ".2f",
+    texts: Sequence[Sequence[str]] | None = None,
+) -> None:  # fmt: skip
+    """values: [rows, columns]; each cell carries its number, or what `texts` has for it."""
     axes.grid(visible=False)
     picture = axes.imshow(values, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
@@ -106,7 +113,8 @@ def heat(axes: Axes, rows: Sequence[str], columns: Sequence[str], values: np.nda
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         ink = "black" if value > middle else "white"
-        axes.text(column, row, f"{value:{form}}", ha="center", va="center", color=ink, fontsize=9)
+        text = f"{value:{form}}" if texts is None else texts[row][column]
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     axes.figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.03)
 
 

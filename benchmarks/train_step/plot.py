@@ -1,5 +1,6 @@
 """The picture of a record: on the left the seconds of a step by phase, each way above what the planner said of it, on the right
-the memory of its update, measured above planned. Colours are Okabe and Ito's; planned bars are hatched too."""
+the memory of its update, measured above planned. A bar is as long as the medians of its phases together; its label tells the
+median of the whole step, which differs a little. Colours are Okabe and Ito's; planned bars are hatched too."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def draw(file: Path) -> Path:
         load = machine["load"]
         note = (
             f"{machine['date'][:10]}, commit {machine['commit']}, torch {machine['torch']}; load {load['before']:.1f} before, "
-            f"{load['after']:.1f} after; medians of {setting['rounds']} rounds in turn"
+            f"{load['after']:.1f} after; medians of {setting['rounds']} rounds in turn, labels of steps, bars of phases"
         )
         figure.supxlabel(note, fontsize=8, color="#666666", x=0.01, ha="left")
         path = file.with_suffix(".png")
@@ -80,8 +81,9 @@ def _seconds(ax: Axes, ways: Mapping[str, Any]) -> None:
             color = SCORE_COLOR if phase == "score" else COLORS[phase]
             seen[phase] = ax.barh(row - HEIGHT / 2, seconds, HEIGHT, start, color=color, edgecolor="white", linewidth=0.6)
             start += seconds
+        step = way["seconds"]["step"]["median"]
         ax.annotate(
-            f"{start:.3g} s, MFU {way['mfu']:.0%}, HFU {way['hfu']:.0%}", (start, row - HEIGHT / 2), xytext=(4, 0),
+            f"{step:.2f} s, MFU {way['mfu']:.0%}, HFU {way['hfu']:.0%}", (start, row - HEIGHT / 2), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
         start = 0.0
@@ -91,9 +93,8 @@ def _seconds(ax: Axes, ways: Mapping[str, Any]) -> None:
                 edgecolor="white", linewidth=0.6,
             )  # fmt: skip
             start += seconds
-        ratio = sum(seconds for _, seconds in bars(way)["measured"]) / start
         ax.annotate(
-            f"{start:.3g} s; measured is {ratio:.2f} of it", (start, row + HEIGHT / 2), xytext=(4, 0),
+            f"{start:.1f} s; measured is {step / start:.2f} of it", (start, row + HEIGHT / 2), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=8, color="#666666",
         )  # fmt: skip
     ax.set_xlim(0, 1.3 * ax.dataLim.x1)

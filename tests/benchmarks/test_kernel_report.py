@@ -10,7 +10,7 @@ from fakes import CASE, gate, measured, result
 
 from benchmarks.kernels import report
 from benchmarks.kernels.gates import judge
-from benchmarks.kernels.plot import FLOOR, draw, panels, spread_out
+from benchmarks.kernels.plot import FLOOR, Panel, draw, draw_panel, panels, spread_out
 
 
 def example():
@@ -82,6 +82,21 @@ def test_a_picture_has_a_panel_an_operation_and_the_floor_in_it(tmp_path):
     assert set(panel.lines) == {"keju", "torch eager", FLOOR}
     assert panel.lines["keju"] == {512: 1000 * 10.0 / 512}
     assert draw(path).stat().st_size > 10_000
+
+
+def test_one_t_is_drawn_as_bars_and_several_as_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, 2)
+    for ax, tokens in zip(axes, ([512], [512, 1024]), strict=True):
+        times = {"keju": dict.fromkeys(tokens, 2.0), "torch eager": dict.fromkeys(tokens, 5.0), FLOOR: dict.fromkeys(tokens, 1.0)}
+        draw_panel(ax, Panel("operation", "float32", times))
+    bars, lines = axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == [FLOOR, "keju", "torch eager"]
+    assert [patch.get_width() for patch in bars.patches] == [1.0, 2.0, 5.0]
+    assert len(lines.lines) == 3
+    assert not lines.patches
 
 
 def test_labels_keep_their_distance_and_stay_inside():

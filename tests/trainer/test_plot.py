@@ -153,6 +153,14 @@ def test_long_stage_names_give_way_in_narrow_bands():
     assert names == [f"stage {stage + 1}" for stage in range(12)]
 
 
+def test_a_band_too_narrow_for_its_stage_s_name_says_its_context():
+    names = [text.get_text() for text in drawn("entropy.png", run_rows(60)).axes[0].texts]
+    assert names == ["grpo+ter\n4K", "dapo\n8K", "dapo\n16K"]
+    rows = [row | {"stage_name": "a stage with a name as long as three"} for row in run_rows(60, evaluations=False)]
+    names = [text.get_text() for text in drawn("entropy.png", rows).axes[0].texts]
+    assert names == ["stage 1\n4K", "stage 2\n8K", "stage 3\n16K"]
+
+
 def test_the_context_limit_does_not_flatten_the_curve():
     axes = drawn("length.png", run_rows(60)).axes[0]
     assert axes.get_ylim()[1] > 8192, "8K is near enough to 6K tokens to be seen"
