@@ -4,6 +4,8 @@ the rows are those of a run whose disk never failed."""
 import errno
 import json
 import os
+import shutil
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +15,7 @@ from rollout.errors import InputError
 from trainer.checkpoint_folder import folders_of, step_of
 from trainer.checkpoint_tensors import Writer
 from trainer.config_file import load_config
-from trainer.metrics import comparable, read_metrics
+from trainer.metrics import MetricsWriter, comparable, read_metrics
 
 SHORT = (
     ("every: 1, keep: 20", "every: 1, keep: 1, keep_best: true, max_failures: 2"),
@@ -87,6 +89,64 @@ def test_a_disk_that_fails_for_a_while_and_then_for_good(tiny, whole, capsys):
     assert rows_of(run) == rows_of(whole)
     scores = {step: score for step, score in scores_of(run).items() if step in (2, 5, 6)}
     assert left(run) == sorted({best(scores), STEPS})
+
+
+def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(tiny, whole, capsys):
+    """Neither a checkpoint nor a row nor a sample nor TensorBoard's events, of one step."""
+    run = whole.with_name("nothing")
+    plain, refused = MetricsWriter._append, []
+
+    def full(*_):
+        refused.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def perhaps(writer):
+        if b'"step": 3' not in writer._waiting:
+            return plain(writer)
+        with patch.object(writer, "_file", SimpleNamespace(write=full)):
+            return plain(writer)
+
+    def events(writer, tag, value, step, *_):
+        if step == 3:
+            full()
+
+    with (
+        refusing(3),
+        patch.object(MetricsWriter, "_append", perhaps),
+        patch("torch.utils.tensorboard.SummaryWriter.add_scalar", events),
+        patch("trainer.sample_recorder.write_step", full),
+    ):
+        # What waits would be asked for with each row: the disk has space again when step 4 is over.
+        original = MetricsWriter.write
+
+        def write(writer, row):
+            if row["step"] == 4:
+                MetricsWriter._append = plain
+            original(writer, row)
+
+        with patch.object(MetricsWriter, "write", write):
+            train(write_config(tiny, run, *SHORT))
+    said = capsys.readouterr().out
+    assert len(refused) > 3
+    for line in ("checkpoint of step 3 failed: No space", "rows wait in memory", "takes rows again", "TensorBoard's files cannot",
+                 "samples of step"):  # fmt: skip
+        assert said.count(line) == 1, line
+    assert rows_of(run) == rows_of(whole)
+
+
+@pytest.mark.parametrize("where", ["trainer.metrics.replace_text", "trainer.loop.dump_config"])
+def test_a_start_on_a_full_disk_is_one_line(tiny, whole, where):
+    run = whole.with_name(f"start-{where}")
+    config_path = write_config(tiny, run, *SHORT)
+    shutil.copytree(whole, run)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "some file"))
+
+    with patch(where, full), pytest.raises(InputError, match=r"some file: No space left on device; free space there"):
+        train(config_path)
+    train(config_path)
+    assert rows_of(run) == rows_of(whole)
 
 
 def test_the_last_checkpoint_of_a_run_must_stand(tiny, whole):

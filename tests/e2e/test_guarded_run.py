@@ -1,5 +1,6 @@
 """A run whose numbers go bad: what it skips, keeps and says, when it stops, and that it goes on as if it had not been stopped."""
 
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pytest
 from test_repeatable import rows_of, state_of, stopped_after, train
 from tiny_run import ROOT, write_config
 
+from rollout.cli import code_of
 from rollout.errors import EngineError, InputError, RunStopped
 from rollout.sampler import Sampler
 from trainer.cli import EXIT_STOPPED, run
@@ -171,6 +173,24 @@ def test_how_a_command_ends(error, code, capsys):
     assert caught.value.code == code
     assert capsys.readouterr().err == "keju: error: a b\n"
     assert EXIT_STOPPED == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_one_line_and_another_error_a_defect(number, capsys):
+    def main(_arguments):
+        raise OSError(number, os.strerror(number), "/mnt/out/model.safetensors")
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == code_of(OSError(number, "")) == 2
+    line = f"keju: error: /mnt/out/model.safetensors: {os.strerror(number)}; free space there, or name another place\n"
+    assert capsys.readouterr().err == line
+
+    def defect(_arguments):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+
+    with pytest.raises(FileNotFoundError):
+        run(defect)
 
 
 def test_a_configuration_says_what_its_guards_are(alarmed):
