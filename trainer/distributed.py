@@ -53,6 +53,8 @@ def process_group(
             place = {"store": dist.PrefixStore("default_pg", fresh), "rank": rank, "world_size": size}
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **place)
             objects = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        if watch is not None:
+            watch.met()
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_NAMES[-len(shape) :])
         for name in mesh.mesh_dim_names if size > 1 else ():  # these know torch's own: 10 minutes for NCCL
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))

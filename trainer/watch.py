@@ -95,6 +95,7 @@ class Watch:
         self._host, self._pid, self._birth = socket.gethostname(), os.getpid(), process.birth(os.getpid())
         self._space = process.space()
         self._board: RunBoard | None = None
+        self._met = size == 1
         self._peers: dict[int, Health] = {}
         self._gone: dict[int, float] = {}
         self._stop: tuple[float, str] | None = None
@@ -113,6 +114,10 @@ class Watch:
         """From here on the ranks know of each other."""
         self._board = board
         self._wake.set()
+
+    def met(self) -> None:
+        """All ranks are there."""
+        self._met = True
 
     # its life
 
@@ -189,7 +194,8 @@ class Watch:
         if number not in SIGNALS:
             return
         self._signals.append(number)
-        if len(self._signals) > 1:
+        # Before the ranks have met nothing has begun, and one that is gone would be waited for.
+        if len(self._signals) > 1 or not self._met:
             os._exit(128 + number)
         self._ask_to_stop(f"{signal.Signals(number).name} at rank {self._rank}")
         self._wake.set()

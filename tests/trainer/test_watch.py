@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,13 @@ def alone(program: str, run: Path, preexec_fn=None) -> subprocess.Popen:
     return process
 
 
-def two(program: str, run: Path, seconds: float = 60.0) -> list[subprocess.Popen]:
+def two(program: str, run: Path, seconds: float = 60.0, ranks: Iterable[int] = range(2)) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     program = RANKS + "\n".join(f"        {line}" for line in program.strip().splitlines())
-    return [start(program, run, seconds, RANK=str(rank), **place) for rank in range(2)]
+    return [start(program, run, seconds, RANK=str(rank), **place) for rank in ranks]
 
 
 def ends(process: subprocess.Popen, seconds: float = 60.0) -> tuple[int, str]:
@@ -235,6 +236,20 @@ def test_an_end_gives_everything_back(tmp_path):
     assert (signal.getsignal(signal.SIGTERM), set(threading.enumerate()), len(os.listdir("/proc/self/fd"))) == before
     assert deadline._reporter is None
     assert not faulthandler.unregister(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_one_that_never_came_ends_at_the_first_signal(tmp_path, rank):
+    """torchrun sends it when another rank has died, and would kill this one half a minute later."""
+    (process,) = two("raise AssertionError", tmp_path, ranks=[rank])
+    health = tmp_path / f"health/rank-{rank:05d}.json"
+    end = time.monotonic() + 60
+    while not health.exists() or process.poll() is not None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert ends(process, 10) == (128 + signal.SIGTERM, "")
 
 
 def test_a_frozen_rank_is_named_and_killed_and_the_other_ends(tmp_path):
