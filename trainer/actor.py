@@ -215,7 +215,9 @@ class Actor:
         """
         parameters = list(self.policy.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
+        # In fp32 whatever they are kept in: `get_total_norm` would sum and give bf16.
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Copies of the model (HSDP) each sum their own shards: with one number for all they cannot drift apart. A maximum over
         # ranks may lose a NaN, and with it the decision to skip; it does not lose an infinity.

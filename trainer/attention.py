@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +47,31 @@ def attention_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     """The one that runs where `model.attention` says `wanted`. Raises InputError where that cannot be."""
     able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = {
-        "flash": able and importlib.util.find_spec("flash_attn") is not None,
+        "flash": able and flash_fault() is None,
         "varlen": able and has_varlen(),
         "sdpa": True,
     }
     if wanted == "auto":
         return next(kernel for kernel, there in installed.items() if there)
     if not installed[wanted]:
-        needed = {"flash": "the package flash-attn", "varlen": "a torch whose varlen_attn has enable_gqa"}
+        needed = {"flash": flash_fault(), "varlen": "a torch whose varlen_attn has enable_gqa"}
         what = needed[wanted] if able else "a GPU and bfloat16"
         raise InputError(f"model.attention: {wanted} needs {what}; leave it out for the best that is there")
     return wanted
+
+
+def flash_fault() -> str | None:
+    """What it takes to use flash-attn; None where it loads. One that is there may be built for another torch, or be a part of the
+    package alone: a warning says so, once."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the package flash-attn"
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"the flash-attn that is installed does not load: {why}", stacklevel=2)
+        return f"a flash-attn that loads ({why})"
+    return None
 
 
 def has_varlen() -> bool:

@@ -47,13 +47,17 @@ def tune(device: torch.device, out: Path | None) -> int:
                     "failed": failed,
                 }
             )
+            write(record, device, out)  # after each: a command that is cut short keeps what it has measured
         del inputs
         torch.cuda.empty_cache()
+    return 0
+
+
+def write(record: list[dict], device: torch.device, out: Path | None) -> None:
     if out is not None:
         file = out / f"kernels-tune-{report.slug(report.device_name(device))}.json"
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"machine": report.machine(device), "sweeps": record}, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 def current() -> Shape:
@@ -75,12 +79,16 @@ def _sweep(case: Case, inputs: Inputs) -> tuple[dict, list[str]]:
             expected = result if expected is None else expected
             torch.testing.assert_close(result, expected, atol=1e-4, rtol=2e-2)
         except Exception as error:  # a configuration may not compile or not fit: that is the finding
-            failed.append(
-                f"  {shape[0]} warps, {shape[1]} vectors: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-            )
+            failed.append(failure(shape, error))
             continue
         timed[shape] = Timed(run)
-    return interleave(timed, clock_for(inputs.device), SECONDS), failed
+    timings = interleave(timed, clock_for(inputs.device), SECONDS)
+    return dict(timings.spreads), failed + [failure(shape, error) for shape, error in timings.failures.items()]
+
+
+def failure(shape: Shape, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"  {shape[0]} warps, {shape[1]} vectors: {type(error).__name__}: {first[:120]}"
 
 
 def _call(case: Case, inputs: Inputs, shape: Shape) -> Callable[[], torch.Tensor]:

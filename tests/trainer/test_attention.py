@@ -5,6 +5,7 @@ that one causal attention is right: that is transformers' own.
 """
 
 import itertools
+import re
 import sys
 from types import SimpleNamespace
 
@@ -168,6 +169,7 @@ class TestGpuKernels:
     )
     def test_the_best_that_is_there(self, monkeypatch, device, dtype, packages, expected):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in packages else None)
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=None))
         for name in ("flash_attn", "torch.nn.attention.varlen"):
             if name not in packages:
                 monkeypatch.setitem(sys.modules, name, None)
@@ -179,6 +181,31 @@ class TestGpuKernels:
                 with pytest.raises(InputError, match=f"model.attention: {kernel} needs"):
                     attention_kernel(kernel, torch.device(device), dtype)
         assert attention_kernel("sdpa", torch.device(device), dtype) == "sdpa"
+
+    @pytest.mark.parametrize(
+        ("content", "why"),
+        [
+            (None, "ImportError: cannot import name 'flash_attn_varlen_func' from 'flash_attn'"),
+            ("raise ImportError('undefined symbol: _ZN3c104cuda')", "ImportError: undefined symbol: _ZN3c104cuda"),
+            ("raise OSError('libcudart.so.12: no such file')", "OSError: libcudart.so.12: no such file"),
+        ],
+        ids=["flash-attn-4 alone", "built for another torch", "built for another CUDA"],
+    )
+    def test_a_flash_attn_that_does_not_load_is_not_taken(self, monkeypatch, tmp_path, content, why):
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        if content is not None:
+            (tmp_path / "flash_attn" / "__init__.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+        cuda = torch.device("cuda")
+        with pytest.warns(UserWarning, match="the flash-attn that is installed does not load: " + re.escape(why)):
+            assert attention_kernel("auto", cuda, torch.bfloat16) == "varlen"
+        with (
+            pytest.warns(UserWarning, match="does not load"),
+            pytest.raises(InputError, match=re.escape(f"model.attention: flash needs a flash-attn that loads ({why}")),
+        ):
+            attention_kernel("flash", cuda, torch.bfloat16)
+        sys.modules.pop("flash_attn", None)
 
     def test_a_varlen_that_does_not_know_what_it_is_asked_is_not_taken(self, monkeypatch):
         def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...

@@ -427,6 +427,21 @@ def test_bytes_of_moments():
     assert held(vector) == 8 * 100
 
 
+def test_the_norm_of_bf16_gradients_is_fp32s(mesh):
+    """Summed in bf16 it would have three digits, and the clip's bound with it."""
+    actor = coded_actor(mesh, torch.bfloat16, OptimizerConfig(kind="adamw8bit", gradients="bfloat16"))
+    config = stage(ObjectiveConfig(), mini=1, micro=4)
+    [scored] = actor.score(batches(config), config)
+    actor._gradient_pass(scored, config, 0.0, lambda *_: None)
+    gradients = whole_gradients(actor.policy)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
+    expected = torch.cat([gradient.double().flatten() for gradient in gradients.values()]).norm().item()
+    actor.optimizer.zero_grad()
+    found = actor.update(scored, config).grad_norm
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(torch.tensor(found).bfloat16().item() - expected) > 1e-5 * expected, "bf16 does not hold it"
+
+
 def test_gradients_of_bf16_weights_are_added_in_fp32(mesh):
     """Each micro-batch's is rounded to bf16 once, as FSDP2 keeps it; the sums are exact to fp32."""
     sums, apart = {}, {}
