@@ -6,7 +6,7 @@ So, before a scorer sees it, an answer is wrong that calls a function but for th
 long, or has in a formula what belongs in none. What stands in the puzzle's own ground truth is no reason against an answer, but
 for the names in _NEVER. Names are compared as Python does, after NFKC: `ｅｘｐａｎｄ` is `expand`.
 
-And what two scorers forget to ask (`misuse`): whether an arithmetic puzzle was solved with its own numbers.
+And what two scorers forget to ask: whether an arithmetic puzzle was solved with its own numbers (`misuse`) and exactly (`exact`).
 """
 
 from __future__ import annotations
@@ -94,6 +94,16 @@ def misuse(puzzle: str, answer: str, metadata: dict[str, Any]) -> str | None:
     if used != given:
         return f"it uses the numbers {', '.join(used)[:100] or 'none'}, not {', '.join(given)}"
     return None
+
+
+def exact(puzzle: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Whether an answer to puzzle24 or countdown that the scorer finds right has the target as its value; True for every other
+    puzzle. The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth."""
+    if puzzle not in _ARITHMETIC:
+        return True
+    from sympy.parsing.sympy_parser import parse_expr
+
+    return bool(parse_expr(answer.strip()) == metadata.get("target", 24))
 
 
 def _called(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.reward.puzzle_answers import misuse, refusal
+from rollout.reward.puzzle_answers import exact, misuse, refusal
 
 Score = tuple[bool, str, str]
 """(right, reason, detail) of `rollout.types.Verdict`, as plain values that pickle small."""
@@ -61,6 +61,8 @@ def reasoning_gym(gold: str, answer: str, entry: dict[str, Any]) -> Score:
         return False, "wrong", f"not scored: {why}"
     value = float(score_answer(answer=answer, entry=entry))
     right = value >= 1.0 - 1e-9
+    if right and not exact(puzzle, answer, entry["metadata"]):
+        return False, "wrong", "near the target, and not it"
     return right, "right" if right else "wrong", f"score {value:g}"
 
 

@@ -132,6 +132,22 @@ def test_only_a_solution_of_the_puzzle_itself_is_right(puzzle):
     assert fooled >= 60
 
 
+@pytest.mark.parametrize(
+    ("puzzle", "numbers", "target", "answer", "right"),
+    [
+        ("puzzle24", [7, 7, 2, 1], 24, "(7*7 - 1)/2", True),
+        ("puzzle24", [7, 7, 2, 1], 24, "7*7/2*1", False),
+        ("puzzle24", [3, 3, 8, 8], 24, "8/(3 - 8/3)", True),
+        ("countdown", [100, 9, 1, 91, 99], 900, "100*9 + 1/(91*99)", False),
+        ("countdown", [100, 9, 99, 91, 8], 900, "100*9*(99 - 91)/8", True),
+    ],
+)
+def test_nearly_the_target_is_wrong(puzzle, numbers, target, answer, right):
+    """The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth."""
+    entry = {"question": "?", "answer": "", "metadata": {"source_dataset": puzzle, "numbers": numbers, "target": target}}
+    assert score("", answer, entry)[:2] == (right, "right" if right else "wrong")
+
+
 @pytest.mark.parametrize("loop", ["a", "1", "a.", "a ", "f(", ". ", "\\", ")", "x_", "1.e"])
 def test_a_long_answer_takes_no_time(loop):
     """A gold that is long allows long answers; one pass over 60,000 characters takes milliseconds."""
