@@ -67,7 +67,7 @@ class Silence:
 
 @dataclass(slots=True)
 class _Judging:
-    """What came from the judge in one round: samples with its verdict, and without."""
+    """What came of one round's samples for the judge: with its verdict, and without."""
 
     verdicts: int = 0
     unjudged: int = 0
@@ -170,11 +170,13 @@ class Flight:
         return list(zip(self._rounds, [*self._rounds, len(self.drawn)][1:], strict=True))
 
     def _note_judging(self, place: int, prompt: Prompt, verdict: Verdict) -> None:
+        if not needs_judge(prompt):
+            return  # a rule that ran out of time says nothing of the judge
         judging = self._judging[bisect_right(self._rounds, place) - 1]
         if not verdict.judged:
             judging.unjudged += 1
             judging.why = verdict.detail
-        elif needs_judge(prompt) and verdict.reason in BY_JUDGE:
+        elif verdict.reason in BY_JUDGE:
             judging.verdicts += 1
 
     def _group(self, drawn: Drawn) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -63,7 +64,9 @@ class Lane:
         self._unsampled: dict[tuple[int, int], Job] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keju-judge")
         self._held: list[tuple[Job, Sample]] = []
-        """What waits to be judged until all is sampled, without overlap."""
+        """What waits to be judged: while the judge is busy; without overlap, until all is sampled."""
+        self._lock = threading.Lock()
+        """Of _held, which the judging thread empties."""
         self._verdicts: list[Future[list[Judged]]] = []
         self.judging = 0.0
         self.waited = 0.0
@@ -98,10 +101,10 @@ class Lane:
             finished = [(self._jobs[at], sample) for at, sample in self._generation.poll(seconds)]
             for job, _ in finished:
                 del self._unsampled[job.place, job.output]
-            self._held += finished
-            if self._held and (self._overlap or not self._unsampled):
-                self._verdicts.append(self._thread.submit(self._judge_all, self._held))
-                self._held = []
+            with self._lock:
+                self._held += finished
+            if finished and (self._overlap or not self._unsampled):
+                self._verdicts.append(self._thread.submit(self._judge_all))
         elif self._verdicts:
             start = time.perf_counter()
             wait(self._verdicts[:1], timeout=seconds)
@@ -122,7 +125,13 @@ class Lane:
         if generation is not None:
             generation.abort()
 
-    def _judge_all(self, finished: Sequence[tuple[Job, Sample]]) -> list[Judged]:
+    def _judge_all(self) -> list[Judged]:
+        """All that waits, in one call: an endpoint that hangs then costs one time-out, not one for each poll meanwhile, whose own
+        turns find nothing left."""
+        with self._lock:
+            finished, self._held = self._held, []
+        if not finished:
+            return []
         start = time.perf_counter()
         limit = nullcontext()
         if self._judge_seconds is not None:

@@ -8,13 +8,44 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollout.engine import Decoding
+from rollout.errors import InputError
 from rollout.ranks import Ranks
 from rollout.sampler import Sampler
 from rollout.types import Group, Prompt
 from trainer.config import RunConfig
+from trainer.preflight import Inputs
+from trainer.text import load_tokenizer, prompt_encoder
 
 SEED = (2**31, 0)
 """Evaluations draw from seeds of their own, the same ones each time: what differs between two of them is the policy."""
+
+
+def check_room(config: RunConfig, inputs: Inputs | None, ranks: Ranks) -> None:
+    """Raises InputError, on every rank alike, where an evaluation prompt leaves the engines' longest context less than a whole
+    response: an engine refuses such a prompt, or cuts its outputs short. A collective. inputs: on rank 0 alone."""
+    fault = None
+    if inputs is not None:
+        try:
+            _check_room(config, inputs.evaluation)
+        except InputError as error:
+            fault = str(error)
+    if (fault := ranks.broadcast(fault)) is not None:
+        raise InputError(fault)
+
+
+def _check_room(config: RunConfig, sets: Mapping[str, Sequence[Prompt]]) -> None:
+    room = config.max_tokens - config.evaluation_response_limit
+    encode = prompt_encoder(load_tokenizer(config.model.path), config.template) if sets else None
+    for each in config.evaluation.sets:
+        lengths = {prompt.id: len(encode(prompt)) for prompt in sets[each.name]}
+        long = {name: tokens for name, tokens in lengths.items() if tokens > room}
+        if long:
+            longest = max(long, key=long.get)
+            raise InputError(
+                f"{each.path}: evaluation set {each.name}: {len(long)} of {len(lengths)} prompts are too long, the longest, "
+                f"{longest}, with {long[longest]} tokens; at most {room} leave room for the response; raise "
+                "data.max_prompt_tokens, or leave them out"
+            )
 
 
 def evaluate(

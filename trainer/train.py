@@ -78,12 +78,14 @@ def train(config: RunConfig, inputs: Inputs | None, watch: Watch) -> str | None:
     with watch:
         # Imported under the watch: on a network file system this may hang, too.
         from trainer.distributed import process_group
+        from trainer.evaluation import check_room
         from trainer.loop import StoppedAsAsked, TrainingLoop
         from trainer.setup import build_parts
 
         stages = [(index, stage.name, stage.steps) for index, stage in enumerate(config.stages)]
         parallel = config.parallel
         with process_group(parallel.timeout_seconds, parallel.shard_ranks, watch) as (ranks, mesh, device):
+            check_room(config, inputs, ranks)
             console = BeatingConsole(Console(config.total_steps, stages) if ranks.first else NullConsole(), ranks.pulse)
             with console, closing(build_parts(config, ranks, mesh, device, console, watch)) as parts:
                 try:

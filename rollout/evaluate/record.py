@@ -107,7 +107,9 @@ class Record:
         if self._file is None:
             if not (self._folder / SETTINGS).exists():
                 write_text(self._folder / SETTINGS, json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
-            with (self._folder / SESSIONS).open("ab") as sessions:
+            with (self._folder / SESSIONS).open("a+b") as sessions:
+                sessions.seek(0)
+                sessions.truncate(sessions.read().rfind(b"\n") + 1)
                 sessions.write(json.dumps(self._provenance, ensure_ascii=False).encode() + b"\n")
                 sessions.flush()
                 os.fsync(sessions.fileno())

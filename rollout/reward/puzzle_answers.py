@@ -5,12 +5,15 @@ too. An answer could give the question back (`integrate(…)`), or replace the s
 So, before a scorer sees it, an answer is wrong that calls a function but for the elementary ones, looks up an attribute, is
 long, or has in a formula what belongs in none. What stands in the puzzle's own ground truth is no reason against an answer, but
 for the names in _NEVER. Names are compared as Python does, after NFKC: `ｅｘｐａｎｄ` is `expand`.
+
+And what two scorers forget to ask: whether an arithmetic puzzle was solved with its own numbers (`misuse`) and exactly (`exact`).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
 LONGEST = 4096
 """Characters of an answer, and four times as many as the ground truth has on top."""
@@ -47,6 +50,10 @@ _NO_FORMULA = re.compile(r"[^\w\s.,+\-*/^()!]|\b(?:and|or|not|if|else|for|in|is)
 """SymPy executes texts within a formula as well, so no quote, bracket or escape belongs there; and `4*6 or 3 or 1` uses all its
 numbers and calculates with two."""
 
+_ARITHMETIC = frozenset({"puzzle24", "countdown"})
+_NO_ARITHMETIC = re.compile(r"[^0-9\s+\-*/()]|\*\s*\*|/\s*/")
+"""SymPy joins `* *` to a power."""
+
 _WORD = re.compile(r"(\w+)[\s\\]*(\(?)")
 _CALL_OF_VALUE = re.compile(r"[)\]}'\"][\s\\]*\(")
 _ATTRIBUTE = re.compile(r"\.[\s\\]*([^\W\d]\w*)")
@@ -74,6 +81,29 @@ def refusal(puzzle: str, answer: str, gold: str) -> str | None:
     if looked := next((name for name in _ATTRIBUTE.findall(_DECIMAL.sub("", answer)) if name not in names), None):
         return f"it looks up {looked[:40]!r}"
     return None
+
+
+def misuse(puzzle: str, answer: str, metadata: dict[str, Any]) -> str | None:
+    """Why an answer to puzzle24 or countdown is no arithmetic with each of metadata["numbers"] once, or None, as for every other
+    puzzle. The scorer of puzzle24 takes any four numbers, and that of countdown does not see those in `784e0+0e0*(16+76)`."""
+    if puzzle not in _ARITHMETIC:
+        return None
+    if strange := _NO_ARITHMETIC.search(answer):
+        return f"{strange.group()!r} is no number, + - * / or parenthesis"
+    used, given = sorted(re.findall("[0-9]+", answer)), sorted(map(str, metadata["numbers"]))
+    if used != given:
+        return f"it uses the numbers {', '.join(used)[:100] or 'none'}, not {', '.join(given)}"
+    return None
+
+
+def exact(puzzle: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Whether an answer to puzzle24 or countdown that the scorer finds right has the target as its value; True for every other
+    puzzle. The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth."""
+    if puzzle not in _ARITHMETIC:
+        return True
+    from sympy.parsing.sympy_parser import parse_expr
+
+    return bool(parse_expr(answer.strip()) == metadata.get("target", 24))
 
 
 def _called(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.reward.puzzle_answers import refusal
+from rollout.reward.puzzle_answers import exact, misuse, refusal
 
 Score = tuple[bool, str, str]
 """(right, reason, detail) of `rollout.types.Verdict`, as plain values that pickle small."""
@@ -57,10 +57,12 @@ def reasoning_gym(gold: str, answer: str, entry: dict[str, Any]) -> Score:
 
     puzzle = entry["metadata"]["source_dataset"]
     score_answer = get_score_answer_fn(puzzle)
-    if why := refusal(puzzle, answer, gold):
+    if why := refusal(puzzle, answer, gold) or misuse(puzzle, answer, entry["metadata"]):
         return False, "wrong", f"not scored: {why}"
     value = float(score_answer(answer=answer, entry=entry))
     right = value >= 1.0 - 1e-9
+    if right and not exact(puzzle, answer, entry["metadata"]):
+        return False, "wrong", "near the target, and not it"
     return right, "right" if right else "wrong", f"score {value:g}"
 
 

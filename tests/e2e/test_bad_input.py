@@ -194,6 +194,28 @@ def test_warm_up(place, mistake, ranks):
     )
 
 
+@BOTH
+def test_an_evaluation_prompt_that_leaves_too_little_room(tiny, tmp_path, ranks):
+    """Only the model's tokenizer can tell, so the ranks are there already; nothing is sampled, and nothing is kept."""
+    sets = []
+    for name, sevens in {"fits": (1, 19), "long": (1, 20, 21, 1)}.items():  # each a token, and 5 more are in each prompt
+        rows = [{"id": f"e{place}", "question": "digit " + "7" * count, "answer": "1"} for place, count in enumerate(sevens)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        sets.append(f"{{name: {name}, path: {tmp_path}/{name}.jsonl}}")
+    heldout = f"{{name: heldout, path: {tiny}/train.jsonl, limit: 3}}"
+    config_path = write_config(tiny, tmp_path / "run", (heldout, ", ".join(sets)))
+    process = command(config_path, *ranks)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    lines = [line for line in errors.splitlines() if line.startswith("keju: error: ")]
+    assert set(lines) == {
+        f"keju: error: {tmp_path}/long.jsonl: evaluation set long: 2 of 4 prompts are too long, the longest, e2, with 26 tokens; "
+        "at most 24 leave room for the response; raise data.max_prompt_tokens, or leave them out"
+    }
+    assert ranks or errors.count("\n") == 1, errors
+    assert not list((tmp_path / "run").glob("metrics*")) + list((tmp_path / "run").glob("checkpoints/*"))
+
+
 def test_check_says_what_it_found(place):
     process = command(write_config(place, place / "run"), "--check")
     output, errors = process.communicate(timeout=60)

@@ -113,3 +113,17 @@ def test_every_machine_that_sampled_something_is_named(tmp_path):
     with (tmp_path / SESSIONS).open("ab") as file:
         file.write(b'{"cpu": "to')
     assert reader.provenance() == [one, two]
+
+
+def test_a_torn_session_is_cut_off_before_the_next(tmp_path):
+    one, two = {"cpu": "one"}, {"cpu": "two"}
+    record = Record(tmp_path, SETTINGS_NOW, one)
+    record.append("b", [judged(0, 0)], 1.0)
+    record.close()
+    with (tmp_path / SESSIONS).open("ab") as file:
+        file.write(b'{"cpu": "to')
+    again = Record(tmp_path, SETTINGS_NOW, two)
+    again.append("b", [judged(0, 1)], 1.0)
+    again.close()
+    assert again.provenance() == [one, two]
+    assert (tmp_path / SESSIONS).read_bytes() == b'{"cpu": "one"}\n{"cpu": "two"}\n'

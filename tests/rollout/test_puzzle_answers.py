@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from rollout.reward.puzzle_answers import LONGEST, refusal
+from rollout.reward.puzzle_answers import LONGEST, misuse, refusal
+from rollout.reward.rules import reasoning_gym as score
 
 POISON = (
     '[setattr(__import__("reasoning_gym.algorithmic.spiral_matrix",fromlist=["a"]).SpiralMatrixDataset,'
@@ -78,6 +79,73 @@ def test_every_puzzles_own_ground_truth_is_let_through():
                 seen += 1
                 assert refusal(puzzle, answer, answer) is None, f"{puzzle}: {answer}"
     assert seen > 200
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "answer", "why"),
+    [
+        ("puzzle24", "8*3*1*1", "the numbers 1, 1, 3, 8, not 2, 3, 4, 6"),
+        ("puzzle24", "2*3*4", "the numbers 2, 3, 4, not 2, 3, 4, 6"),
+        ("puzzle24", "2*3*4 + 6 - 6", "the numbers 2, 3, 4, 6, 6, not"),
+        ("puzzle24", "", "the numbers none, not"),
+        ("puzzle24", "2*3*4*6" + "6" * 5000, "the numbers 2, 3, 4, 666"),
+        ("countdown", "24e0+0e0*(2+3+4+6)", "'e' is"),
+        ("countdown", "(2+3+4+6)*E/E", "'E' is"),
+        ("countdown", "24.0 + 0*(2+3+4+6)", "'.' is"),
+        ("countdown", "(2 + 3)*4! + 6", "'!' is"),
+        ("countdown", "(2 ^ 3)*4 - 6", "'^' is"),
+        ("countdown", "2**3*4 - 6", "'**' is"),
+        ("countdown", "2* \n*3*4 - 6", "'* \\n*' is"),
+        ("countdown", "6//4*2*3", "'//' is"),
+        ("countdown", "６*4*(3 - 2)", "'６' is"),
+        ("countdown", "6*4*(3 - 2)²", "'²' is"),
+    ],
+)
+def test_arithmetic_with_other_numbers_or_signs(puzzle, answer, why):
+    assert why in (misuse(puzzle, answer, {"numbers": [4, 2, 6, 3]}) or "")
+
+
+@pytest.mark.parametrize("puzzle", ["puzzle24", "countdown"])
+def test_arithmetic_that_uses_each_number_once(puzzle):
+    for answer in ("6*4*(3 - 2)", "\n( 6 *4)/( 3-2 )\t", "-(2 - 3)*6*4"):
+        assert misuse(puzzle, answer, {"numbers": [4, 2, 6, 3]}) is None
+    assert misuse("simple_integration", "E/E", {}) is None
+
+
+@pytest.mark.parametrize("puzzle", ["puzzle24", "countdown"])
+def test_only_a_solution_of_the_puzzle_itself_is_right(puzzle):
+    """What is right for every puzzle to the scorer alone, over generated puzzles, beside each one's own solution."""
+    import reasoning_gym
+    from reasoning_gym import get_score_answer_fn
+
+    fooled = 0
+    for entry in reasoning_gym.create_dataset(puzzle, size=60, seed=5):
+        numbers, target = entry["metadata"]["numbers"], entry["metadata"].get("target", 24)
+        assert score(entry["answer"], entry["answer"], entry)[0], entry["answer"]
+        assert score(entry["answer"], f" ({entry['answer']}) ", entry)[0]
+        total = "+".join(map(str, numbers))
+        for answer in ("8*3*1*1", "6*4*1*1", f"{target}e0+0e0*({total})", f"({total})*E/E"):
+            if sorted(numbers) not in ([1, 1, 3, 8], [1, 1, 4, 6]):
+                right, reason, _ = score(entry["answer"], answer, entry)
+                assert (right, reason) == (False, "wrong"), answer
+                fooled += get_score_answer_fn(puzzle)(answer=answer, entry=entry) == 1.0
+    assert fooled >= 60
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "numbers", "target", "answer", "right"),
+    [
+        ("puzzle24", [7, 7, 2, 1], 24, "(7*7 - 1)/2", True),
+        ("puzzle24", [7, 7, 2, 1], 24, "7*7/2*1", False),
+        ("puzzle24", [3, 3, 8, 8], 24, "8/(3 - 8/3)", True),
+        ("countdown", [100, 9, 1, 91, 99], 900, "100*9 + 1/(91*99)", False),
+        ("countdown", [100, 9, 99, 91, 8], 900, "100*9*(99 - 91)/8", True),
+    ],
+)
+def test_nearly_the_target_is_wrong(puzzle, numbers, target, answer, right):
+    """The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth."""
+    entry = {"question": "?", "answer": "", "metadata": {"source_dataset": puzzle, "numbers": numbers, "target": target}}
+    assert score("", answer, entry)[:2] == (right, "right" if right else "wrong")
 
 
 @pytest.mark.parametrize("loop", ["a", "1", "a.", "a ", "f(", ". ", "\\", ")", "x_", "1.e"])

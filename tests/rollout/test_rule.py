@@ -180,6 +180,22 @@ def test_reasoning_gym_scores_by_the_puzzle():
     assert "no_such_set" in verdicts[3].detail
 
 
+def test_countdown_and_puzzle24_are_held_to_their_numbers():
+    """reasoning-gym takes each of these for right."""
+    make_24 = {"source_dataset": "puzzle24", "numbers": [9, 9, 2, 6]}
+    count = {"source_dataset": "countdown", "numbers": [9, 9, 2, 6], "target": 108}
+    cases = [
+        (make_24, "2*((9 + 9) - 6)", True),
+        (make_24, "8*3*1*1", False),
+        (count, "9*(9 + 6/2)", True),
+        (count, "108e0+0e0*(9+9+2+6)", False),
+        (count, "108e0*E/E+0e0*(9+9+2+6)", False),
+    ]
+    with RuleVerifier("reasoning-gym", workers=1, timeout_seconds=30.0) as verifier:
+        verdicts = verifier.verify([(Prompt("p", "q", "gold", metadata=entry), answer) for entry, answer, _ in cases])
+    assert [verdict.right for verdict in verdicts] == [right for *_, right in cases]
+
+
 def test_workers_are_light_and_deaf_to_ctrl_c(verifier):
     assert reasons(verifier, ("1", "1.00")) == ["right"]
     # eval is a builtin: a function of this file would make the worker import this file, and pytest with it.

@@ -174,6 +174,9 @@ def silent_after(rounds, before=Silence()):  # noqa: B008 - frozen
         ([["ff", "ff"]], 2, 2),
         ([["rulerw", "rulerr"]], 2, 2),
         ([["--", "rulerw"]], 2, 3),
+        ([["rule--", "ruler-"]], 2, 2),
+        ([["--", "rule--"]], 2, 3),
+        ([["rf", "rule--"]], 2, 0),
         ([["- "]], 2, 2),
         ([["- "], ["--"]], 2, 3),
         ([["w "]], 2, 0),
@@ -275,6 +278,14 @@ def test_a_silent_judge_ends_the_run_also_where_the_rule_fills_the_batches():
         return len(engine.seeds)
 
     assert run(1, work, judge=HalfSilent(), prompts=half) in ([4], [5])
+
+
+def test_the_judge_is_told_apart_from_a_rule_that_ran_out_of_time():
+    flight = Flight(0, 1, 1, True)
+    flight.draw([Prompt("q", "?", "!", metadata=mark) for mark in (MARKED, {})], [np.zeros(1, np.int32)] * 2, 8)
+    late = Verdict.unjudged("no verdict within the batch's 5 s")
+    flight.take([Judged(0, 0, SAMPLE, NONE), Judged(1, 0, SAMPLE, late)])
+    assert flight.silent() == Silence(1, NONE.detail)
 
 
 def test_without_a_bound_the_rounds_are_bounded_and_the_judge_is_named():
