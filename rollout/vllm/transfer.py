@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rollout.vllm.loading import Loading, loading_of, prepare
 from rollout.weights.broadcast import Meeting
+from rollout.weights.folder import left_out
 from rollout.weights.inbox import Inbox
 
 BACKEND = "keju"
@@ -125,7 +126,7 @@ class KejuTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         announced = {entry["name"]: entry["shape"] for entry in manifest}
         tied = self.model_config.hf_config.tie_word_embeddings
         for name, shape in checkpoint_shapes(Path(self.model_config.model)).items():
-            if name == "lm_head.weight" and tied:
+            if left_out(name, tied=tied):
                 continue
             if name not in announced:
                 raise ValueError(f"weight {name!r} of the model folder is not among the {len(announced)} announced")

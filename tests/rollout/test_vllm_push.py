@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rollout.weights.push as push
 from kernels.checksum import checksum
@@ -148,7 +149,12 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return save(policy(0), tmp_path_factory.mktemp("model"))
+    """As old checkpoints are: with rotary frequencies, which no model takes, so that no push brings them."""
+    folder = save(policy(0), tmp_path_factory.mktemp("model"))
+    file = folder / "model.safetensors"
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+    save_file(load_file(file) | frequencies, file, metadata={"format": "pt"})
+    return folder
 
 
 LOADING = {True: "layer by layer", False: "in place"}
