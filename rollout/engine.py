@@ -9,7 +9,7 @@ while not generation.done:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -118,6 +118,10 @@ class Several(Protocol):
     def sample_each(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, list[Sample]]:
         """By name, of each server that took the last load, its own samples of the requests, in order. Nothing on a rank that does
         not push. Raises EngineError where no server answers."""
+        ...
+
+    def keep(self, names: Collection[str]) -> None:
+        """The servers that proved the weights: no other samples until the next load."""
         ...
 
 

@@ -8,11 +8,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rollout.kinds import EMBEDDED, KINDS
+from rollout.kinds import EMBEDDED, KINDS, LOOPBACK
 from trainer.config_secrets import VariableName
 from trainer.config_section import Positive, Section
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class EngineConfig(Section):

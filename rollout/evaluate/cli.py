@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from rollout.errors import EngineError, InputError
 from rollout.evaluate.benchmarks import KNOWN, Benchmark, load, parse_names
 from rollout.evaluate.record import RESULTS, TABLE, Record, write_text
 from rollout.evaluate.template import Template, read_template
-from rollout.kinds import KINDS
+from rollout.kinds import KINDS, LOOPBACK
 from rollout.model_folder import check_model_folder, end_tokens, fingerprint, is_quantized, load_tokenizer, longest_context
 from rollout.template import encode_prompt
 
@@ -129,6 +130,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("--engine vllm-server: names no server; give --server http://HOST:PORT, once for each")
     if options.server and options.engine != "vllm-server":
         raise InputError(f"--server: belongs to --engine vllm-server, and the engine is {options.engine}; leave out one of them")
+    for server in options.server:
+        if options.sync_host is None and urlsplit(server).hostname not in (None, *LOOPBACK):
+            raise InputError(
+                f"--server {server.rpartition('@')[2]}: is not on this host; give --sync-host, the address under which it "
+                "reaches this one, and weights go to it by broadcast"
+            )
     if options.tensor_parallel > 1 and options.engine != "vllm":
         raise InputError(f"--tensor-parallel: belongs to --engine vllm, and the engine is {options.engine}; leave it out")
     if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:

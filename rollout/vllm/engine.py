@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,8 @@ class _ChildReceiver:
 
 
 class VllmGeneration:
-    """`rollout.engine.Generation`."""
+    """`rollout.engine.Generation`. Once it has raised EngineError, its `abort` asks the process nothing: one that hangs would be
+    silent for as long again, while the other ranks wait, and it is started anew whatever it says."""
 
     def __init__(
         self,
@@ -194,6 +196,7 @@ class VllmGeneration:
         self._decoding = decoding
         self._submitted = 0
         self._left: set[int] = set()
+        self._lost = False
         self.add(requests)
 
     @property
@@ -207,9 +210,27 @@ class VllmGeneration:
         self._left |= set(arrays["places"].tolist())
         self._submitted += len(requests)
         self._heard = time.monotonic()
-        self._child.send("generate", version=self._version, decoding=self._decoding, arrays=arrays)
+        with self._noticing():
+            self._child.send("generate", version=self._version, decoding=self._decoding, arrays=arrays)
 
     def poll(self, seconds: float) -> list[tuple[int, Sample]]:
+        with self._noticing():
+            return self._poll(seconds)
+
+    def abort(self) -> None:
+        if self._left and not self._lost:
+            self._child.ask("abort", self._silence, expected="aborted")
+        self._left.clear()
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError:
+            self._lost = True
+            raise
+
+    def _poll(self, seconds: float) -> list[tuple[int, Sample]]:
         deadline = time.monotonic() + seconds
         finished: list[tuple[int, Sample]] = []
         while self._left:
@@ -225,11 +246,6 @@ class VllmGeneration:
                 f"{self._child.name}: silent for {self._silence:g} s during generate, {len(self._left)} outputs missing"
             )
         return finished
-
-    def abort(self) -> None:
-        if self._left:
-            self._child.ask("abort", self._silence, expected="aborted")
-            self._left.clear()
 
     def _take(self, message: Message) -> list[tuple[int, Sample]]:
         if message["kind"] == "progress":

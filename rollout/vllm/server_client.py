@@ -234,7 +234,7 @@ class ServerClient:
 
 
 async def _answered(response: aiohttp.ClientResponse, path: str) -> Event:
-    text = await response.text()
+    text = await response.text("utf-8", errors="replace")  # a proxy's error page may be anything
     try:
         answer = json.loads(text)
     except ValueError:

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from rollout.engine import Decoding, EngineError, Progress, Request, drain
@@ -95,7 +95,7 @@ class ServerEngine:
 
     def load(self, version: int, source: WeightSource) -> None:
         """See `rollout.engine.Engine.load`. On rank 0 at least one server must take the weights; the others are marked until a
-        later push reaches them. The other ranks believe all servers to have them, until one says otherwise."""
+        later push reaches them. The other ranks believe all servers to have them, until `keep` or a server says otherwise."""
         self._version = None
         self._end_generation()
         self._wait_for(self._fleet.forget())
@@ -130,6 +130,10 @@ class ServerEngine:
         outputs = self._wait_for(self._fleet.sample_each(calls))
         self._tell()
         return {url: [_sample(output, version) for output in each] for url, each in outputs.items()}
+
+    def keep(self, names: Collection[str]) -> None:
+        """See `rollout.engine.Several`."""
+        self._wait_for(self._fleet.keep(names))
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None) -> list[Sample]:
         """All at once, in order."""

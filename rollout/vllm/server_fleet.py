@@ -15,7 +15,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rollout.engine import EngineError
@@ -123,6 +123,12 @@ class Fleet:
             server.holds = weights if server in servers else None
             server.pushed = server.holds
             server.fault = None if server in servers else server.last
+
+    async def keep(self, urls: Collection[str]) -> None:
+        """Of those that hold the version: the others get no outputs until a push."""
+        for server in self.servers:
+            if server.holds is not None and server.url not in urls:
+                server.holds, server.last = None, "did not prove its weights to the rank that pushed them"
 
     async def sample_each(self, calls: Sequence[Call]) -> dict[str, list[Output]]:
         """By address, the outputs of each server with the version, all calls at each. While none succeeds they are asked again,

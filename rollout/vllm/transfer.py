@@ -10,8 +10,7 @@ Each tensor is checked before or while it is loaded (`rollout.vllm.loading`). vL
 manifest does, and the checkpoint's own list.
 
 Each worker of an engine (tensor parallel) checks what it maps or receives itself, and one that refuses makes vLLM's call fail as
-a whole. vLLM's executor then leaves the other workers' answers to that call in their queues, so that an engine of several workers
-must be started anew after a refusal, as `rollout.weights.sync` does with any.
+a whole (`rollout.vllm.executor`).
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ from typing import Any, Literal
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from rollout.vllm.executor import keep_in_step
 from rollout.vllm.loading import Loading, loading_of, prepare
 from rollout.weights.broadcast import Meeting
+from rollout.weights.folder import left_out
 from rollout.weights.inbox import Inbox
 
 BACKEND = "keju"
@@ -37,6 +38,7 @@ logger = logging.getLogger("vllm.keju")
 def register() -> None:
     """Makes `weight_transfer_config={"backend": "keju"}` known to vLLM in this process, before it builds a model."""
     prepare()
+    keep_in_step()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, KejuTransferEngine)
 
@@ -125,7 +127,7 @@ class KejuTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         announced = {entry["name"]: entry["shape"] for entry in manifest}
         tied = self.model_config.hf_config.tie_word_embeddings
         for name, shape in checkpoint_shapes(Path(self.model_config.model)).items():
-            if name == "lm_head.weight" and tied:
+            if left_out(name, tied=tied):
                 continue
             if name not in announced:
                 raise ValueError(f"weight {name!r} of the model folder is not among the {len(announced)} announced")

@@ -24,10 +24,15 @@ def check_safetensors(path: Path) -> None:
         _shapes(file)
 
 
-class FolderWeights:
-    """`rollout.weights.source.WeightSource` of all *.safetensors in a folder, in the order of the layers.
+def left_out(name: str, *, tied: bool) -> bool:
+    """Whether a tensor that a folder's files list is none of the model's weights: a head that is tied to the embedding, and
+    rotary frequencies, which old checkpoints list and no model takes. tied: config.json's tie_word_embeddings."""
+    return (tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
-    Left out: a head that is tied to the embedding, and rotary frequencies, which old checkpoints list and no model takes.
+
+class FolderWeights:
+    """`rollout.weights.source.WeightSource` of all *.safetensors in a folder, in the order of the layers, but those `left_out`.
+
     Raises InputError for a file that is no safetensors, a name that comes twice, and weights that are quantised.
     """
 
@@ -40,7 +45,7 @@ class FolderWeights:
         metadata = {}
         for file in sorted(path.glob("*.safetensors")):
             for meta in _metadata(file):
-                if (tied and meta.name == "lm_head.weight") or meta.name.endswith("rotary_emb.inv_freq"):
+                if left_out(meta.name, tied=tied):
                     continue
                 if meta.name in metadata:
                     raise InputError(f"{file}: {meta.name} is also in {self.files[meta.name].name}; keep one copy of the weights")

@@ -4,7 +4,7 @@
     agree       all ranks learn whether all succeeded
     probe       each engine, and each server that took the weights, continues a fixed prompt; the policy scores what came; the
                 log-probabilities must agree
-    agree
+    agree       all ranks learn whether all did, and which servers proved the weights: no other is asked until the next push
 
 Where one rank fails, its engine is started anew and the push repeated for all; where that fails too, every rank raises.
 The probe's prompt is longer than a block of the prefix cache and comes twice to each, so a cache that outlived the push shows.
@@ -109,7 +109,10 @@ class WeightSync:
         if any(failed) or self._probe is None or self._score is None:
             return failed
         with Deadline(2 * self._seconds, f"rank {self._ranks.rank}: probe of version {version}", self._ranks.board):
-            return self._ranks.all_gather(self._prove())
+            proofs = self._ranks.all_gather(self._prove())
+        if isinstance(self._engine, Several):
+            self._engine.keep([name for _, names in proofs for name in names])
+        return [error for error, _ in proofs]
 
     def _ready(self) -> str | None:
         try:
@@ -128,7 +131,8 @@ class WeightSync:
                 return str(error)
         return None
 
-    def _prove(self) -> str | None:
+    def _prove(self) -> tuple[str | None, list[str]]:
+        """(what is wrong, the names of those that continued the probe)."""
         probe = self._probe
         error, continued = None, {}
         if self._asks:
@@ -142,25 +146,26 @@ class WeightSync:
         samples += [filler] * (self._places * probe.copies - len(samples))
         scored = iter(self._score([probe.prompt] * len(samples), [sample.token_ids for sample in samples]))
         if not continued:
-            return error
+            return error, []
         gaps = {
             name: float(np.max([np.abs(sample.logprobs - next(scored)).max() for sample in each]))  # NaN stays NaN
             for name, each in continued.items()
         }
         self.worst = float(np.max(list(gaps.values())))
         off = [
-            f"{name}the engine's log-probabilities are off the policy's by {gap:.3g}, above {probe.bound:g}"
+            (f"{name}: " if name else "")
+            + f"the engine's log-probabilities are off the policy's by {gap:.3g}, above {probe.bound:g}"
             for name, gap in gaps.items()
             if not gap <= probe.bound
         ]
-        return f"rank {self._ranks.rank}: probe: {'; '.join(off)}" if off else None
+        return f"rank {self._ranks.rank}: probe: {'; '.join(off)}" if off else None, list(gaps)
 
     def _continued(self) -> dict[str, list[Sample]]:
-        """The probe's copies as each server, or the one engine, continued them; by how a complaint of it begins."""
+        """The probe's copies as each server, by its name, or the one engine, by none, continued them."""
         requests = [Request(self._probe.prompt, seed) for seed in range(self._probe.copies)]
         decoding = Decoding(self._probe.new_tokens, seed=1)
         if isinstance(self._engine, Several):
-            return {f"{name}: ": samples for name, samples in self._engine.sample_each(requests, decoding).items()}
+            return self._engine.sample_each(requests, decoding)
         return {"": drain(self._engine.submit(requests, decoding), len(requests))}
 
     def _restart(self, failed: Sequence[str | None]) -> None:

@@ -232,6 +232,10 @@ OPTIONS = {
     "a map of half": (("--map", "question=q"), "it names no answer"),
     "a map of what is known": (("--benchmarks", "gsm8k=x", "--map", "question=q,answer=a"), "gsm8k have their columns"),
     "a server that is no address": (("--engine", "vllm-server", "--server", "localhost"), "'localhost' is no base address"),
+    "a server elsewhere that no weights reach": (
+        ("--engine", "vllm-server", "--server", "http://127.0.0.1:1", "--server", "http://gpu7:8000"),
+        "--server http://gpu7:8000: is not on this host; give --sync-host",
+    ),
     "a benchmark that is none": (("--benchmarks", "gsm"), "the nearest is 'gsm8k'"),
     "a benchmark without a file": (("--benchmarks", "gsm8k"), "gsm8k: no file is named; get it"),
 }

@@ -55,14 +55,14 @@ def free_port() -> int:
 class FakeServer(LoopServer):
     """key: demanded where set. Everything else may be changed while it runs.
 
-    fail: path → what becomes of a call to it: an HTTP status, "silent" (never answers), "cut" (closes the connection) or an
-    address (redirects there); "cache" → the prefix cache is not dropped. wrong_spans: what the last event of an output says about
-    weights, instead of the truth.
+    fail: path → what becomes of a call to it: an HTTP status, the body of a proxy's 502, "silent" (never answers), "cut" (closes
+    the connection) or an address (redirects there); "cache" → the prefix cache is not dropped. wrong_spans: what the last event
+    of an output says about weights, instead of the truth.
     """
 
     key: str | None = None
     port: int = 0
-    fail: dict[str, int | str] = field(default_factory=dict)
+    fail: dict[str, int | str | bytes] = field(default_factory=dict)
     wrong_spans: Any = ...
     finish_reason: str = "length"
     short_by: int = 0
@@ -158,6 +158,8 @@ class FakeServer(LoopServer):
             raise web.HTTPTemporaryRedirect(how)
         if how is not None and request.path == "/update_weights":
             self.updating = False
+        if isinstance(how, bytes):
+            return web.Response(status=502, body=how, content_type="text/html")
         if isinstance(how, int):
             return web.json_response({"error": {"message": "scripted failure"}}, status=how)
         return await handler(request)

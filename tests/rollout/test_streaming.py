@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from rollout.engine import Decoding, EngineError
 from rollout.prompts import PromptSource
 from rollout.sampler import RECOVERIES, EarlyScoring, Sampler, SamplingStalled
 from rollout.types import Sample, Verdict
+from rollout.vllm.child import VllmChild
+from rollout.vllm.engine import VllmGeneration
+from rollout.vllm.settings import VllmSettings
 
 
 class StreamingEngine:
@@ -242,6 +246,51 @@ def test_a_lost_engine_loses_no_prompt(size, polls):
         recover=revive,
     )
     assert disturbed[0] == undisturbed
+
+
+class HungEngine(StreamingEngine):
+    """Until it is started anew, a vLLM whose process stands still: it reads nothing and says nothing."""
+
+    silence = 3.0
+
+    def __init__(self, rank, child):
+        super().__init__(rank)
+        self.child = child
+
+    def submit(self, requests, decoding, progress=None):
+        if self.child is None:
+            return super().submit(requests, decoding, progress)
+        return VllmGeneration(self.child, requests, {}, 1, self.silence, progress)
+
+    def restart(self):
+        if self.child is not None:
+            self.child.kill()
+        self.child = None
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_hung_vllm_costs_its_silence_once_and_no_prompt(size, tmp_path, monkeypatch):
+    """Asked to abort, it would be silent for as long again, and the other ranks wait meanwhile."""
+    program = tmp_path / "hung"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr("rollout.vllm.child.sys", SimpleNamespace(executable=str(program)))
+    child = VllmChild("rank 0's vLLM", VllmSettings("model", "float32", 64, 4, 1 << 20), tmp_path / "log")
+    (undisturbed,) = run(1, lambda sampler, source, engine, rank: record(sampler, source, 1), engine=WaitingEngine)
+
+    def work(sampler, source, engine, rank):
+        start = time.monotonic()
+        rows = record(sampler, source, 1)
+        return rows, time.monotonic() - start
+
+    def recover(engine, rank, errors):
+        assert "silent for 3 s during generate" in errors[0]
+        engine.restart()
+
+    engine = lambda rank: StreamingEngine(rank) if rank else HungEngine(rank, child)  # noqa: E731
+    rows, seconds = run(size, work, engine=engine, recover=recover)[0]
+    assert rows == undisturbed
+    assert HungEngine.silence < seconds < 1.5 * HungEngine.silence
 
 
 @pytest.mark.parametrize("size", [1, 2])

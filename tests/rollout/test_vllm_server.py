@@ -321,6 +321,17 @@ def test_ready_waits_for_one_server_and_names_all_where_none_comes():
     engine.close()
 
 
+def test_an_error_page_that_is_no_text_is_an_error_as_any():
+    with fake_servers(1) as [server], engine_of([server], load=False, patience=0.5) as engine:
+        server.fail["/weight_info"] = b"\xffber den Proxy"
+        with pytest.raises(EngineError, match=r"no server took .*: /weight_info: HTTP 502 \ufffdber den Proxy"):
+            engine.load(1, OneTensor())
+        server.fail = {GENERATE: b"\xff"}
+        engine.load(2, OneTensor())
+        with pytest.raises(EngineError, match="HTTP 502"):
+            collect(engine.submit(requests_of(2), DECODING))
+
+
 # The key
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +24,7 @@ from tests.rollout.fake_servers import (
     fake_servers,
     requests_of,
 )
+from tests.rollout.test_sampler import ThreadRanks
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -206,7 +209,7 @@ def test_a_source_that_announces_other_tensors_is_an_error_of_its_own():
 
 
 @contextmanager
-def sync_of(servers, **settings):
+def sync_of(servers, ranks=Ranks(), **settings):  # noqa: B008 - frozen
     """scored: how many sequences each probe gave the policy to score, which agrees with an honest fake."""
     scored: list[int] = []
 
@@ -215,7 +218,7 @@ def sync_of(servers, **settings):
         return [-tokens.astype(np.float32) / 1000 for tokens in responses]
 
     with engine_of(servers, load=False, **settings) as engine:
-        sync = WeightSync(engine, OneTensor(), Ranks(), score=score, probe=Probe(np.arange(5, dtype=np.int32), bound=0.01))
+        sync = WeightSync(engine, OneTensor(), ranks, score=score, probe=Probe(np.arange(5, dtype=np.int32), bound=0.01))
         sync.scored, sync.engine = scored, engine
         yield sync
 
@@ -263,6 +266,37 @@ def test_a_server_that_does_not_answer_the_probe_gets_no_outputs_until_a_push():
         sync.push(2)
         check_all(collect(sync.engine.submit(requests, DECODING)), requests, version=2)
         assert len(servers[2].requests) > 2
+
+
+class Threads(ThreadRanks):
+    board = None
+    all_gather = ThreadRanks._exchange
+
+
+def test_the_other_ranks_ask_only_the_servers_that_proved_the_weights():
+    requests, barrier, mailbox = requests_of(12), threading.Barrier(2), [None, None]
+    ranks = [Threads(rank, 2, barrier, mailbox) for rank in range(2)]
+    with (
+        fake_servers(3) as servers,
+        sync_of(servers, ranks[0]) as first,
+        sync_of(servers, ranks[1], rank=1) as second,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        servers[1].fail["/inference/v1/generate"] = 500  # rank 1's own first
+        list(pool.map(lambda sync: sync.push(1), (first, second)))
+        servers[1].fail.clear()  # nothing but the probe has said that it is not well
+        check_all(collect(second.engine.submit(requests, DECODING)), requests)
+        assert not servers[1].requests
+        for server in (servers[0], servers[2]):
+            server.stop()
+        with pytest.raises(EngineError, match=f"{servers[1].url}: did not prove"):
+            second.engine.generate(requests, DECODING)
+        for server in (servers[0], servers[2]):
+            server.start_again()
+        list(pool.map(lambda sync: sync.push(2), (first, second)))
+        probed = len(servers[1].requests)
+        check_all(collect(second.engine.submit(requests, DECODING)), requests, version=2)
+        assert len(servers[1].requests) > probed
 
 
 def test_a_push_that_no_server_can_prove_fails_and_names_each():

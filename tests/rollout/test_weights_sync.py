@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -153,14 +154,12 @@ class ThreadRanks(Ranks):
     """`Ranks` over a backend of this thread's own: torch's object collectives want a process each."""
 
     def all_gather(self, value: Any) -> list[Any]:
-        text = "" if value is None else value
         data = torch.zeros(1024, dtype=torch.uint8)
-        encoded = text.encode()
+        encoded = json.dumps(value).encode()
         data[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         gathered = [torch.zeros_like(data) for _ in range(self.size)]
         self.group.allgather([gathered], [data]).wait()
-        texts = [bytes(one.tolist()).rstrip(b"\0").decode() for one in gathered]
-        return [text or None for text in texts]
+        return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
 
 
 ATTEMPT = ["ready", "load 3", "submit"]
