@@ -21,6 +21,10 @@ class Judge(Protocol):
     def judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]: ...
 
 
+MOST = 256
+"""Outputs judged in one call: its deadlines hold for all of them, however many have come while the judge was busy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One output to sample. place: of its prompt among the prompts drawn; output: which of the G."""
@@ -103,8 +107,9 @@ class Lane:
                 del self._unsampled[job.place, job.output]
             with self._lock:
                 self._held += finished
+                turns = -(-len(self._held) // MOST)
             if finished and (self._overlap or not self._unsampled):
-                self._verdicts.append(self._thread.submit(self._judge_all))
+                self._verdicts += [self._thread.submit(self._judge_next) for _ in range(turns)]
         elif self._verdicts:
             start = time.perf_counter()
             wait(self._verdicts[:1], timeout=seconds)
@@ -125,11 +130,11 @@ class Lane:
         if generation is not None:
             generation.abort()
 
-    def _judge_all(self) -> list[Judged]:
-        """All that waits, in one call: an endpoint that hangs then costs one time-out, not one for each poll meanwhile, whose own
+    def _judge_next(self) -> list[Judged]:
+        """What waits, in one call: an endpoint that hangs then costs one time-out, not one for each poll meanwhile, whose own
         turns find nothing left."""
         with self._lock:
-            finished, self._held = self._held, []
+            finished, self._held = self._held[:MOST], self._held[MOST:]
         if not finished:
             return []
         start = time.perf_counter()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_streaming import StreamingEngine
 
+from rollout import lane as lane_module
 from rollout.engine import Decoding, Request
 from rollout.lane import Job, Lane
 from rollout.types import Prompt, Verdict
@@ -88,3 +89,21 @@ def test_every_output_is_judged_once_whatever_the_pace(seed, overlap):
             assert overlap or not judged or not lane.unsampled()
     assert overlap or len(judge.calls) == 1
     check(judged, judge, 60)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_call_of_the_judge_has_an_end_however_much_waits(monkeypatch, overlap):
+    """Its deadline holds for all of it."""
+    monkeypatch.setattr(lane_module, "MOST", 7)
+    ends = threading.Event()
+    judge, judged = Judge(lambda: ends.wait(60)), []
+    with Lane(StreamingEngine(0), judge, lambda *_: None, overlap=overlap) as lane:
+        lane.add(jobs(50), DECODING)
+        while lane.unsampled():
+            judged += lane.poll(0.2)
+        ends.set()
+        while not lane.done:
+            judged += lane.poll(0.2)
+    assert max(map(len, judge.calls)) == 7
+    assert len(judge.calls) in (8, 9)
+    check(judged, judge, 50)
