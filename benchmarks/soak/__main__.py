@@ -95,7 +95,8 @@ def kills(options: Namespace, place: Place, folder: Path) -> tuple[dict, list[st
 def kills_table(outcome: Outcome) -> Table:
     title = (
         f"{outcome.survived} of {len(outcome.kills)} kills survived\n{outcome.runs} runs, {outcome.steps} steps, "
-        f"{outcome.repeated} done again; prompts lost: {outcome.lost} of {outcome.prompts}"
+        f"{outcome.repeated} done again; prompts lost: {outcome.lost} of {outcome.prompts}\n"
+        f"sampler and trainer differ by {outcome.mismatch:.2g} nats at most in a step's mean ({outcome.unmatched} steps without)"
     )
     shown = Table("killed", "times", "survived", "gone after (s), at most", title=title)
     for kind in sorted({kill.kind for kill in outcome.kills}):

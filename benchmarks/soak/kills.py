@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.soak.place import Place, rows_of, steps_of
 from benchmarks.soak.processes import new_mark, processes_of, wait_until_gone
 from trainer.checkpoint_folder import complete_checkpoint, folders_of, step_of
-from trainer.metrics import LEDGER_FATES
+from trainer.metrics import LEDGER_FATES, number
 
 GONE_SECONDS = 45.0
 """How long after a kill processes of the run may be left. torchrun gives a rank that waits in a collective 30 s."""
@@ -57,6 +57,10 @@ class Outcome:
     """Steps that were done again after a kill."""
     lost: int = 0
     """Prompts that were drawn and have no fate in the ledger, or that the cursor passed without a draw."""
+    mismatch: float = 0.0
+    """Nats: the greatest of a step's mean difference between the sampler's log-probabilities and the trainer's."""
+    unmatched: int = 0
+    """Steps that have no such figure: all of the batch was recovered, from older weights."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -113,6 +117,9 @@ class KillSeries:
             self.outcome.steps += steps_of(run)
             self.outcome.prompts += last_train(run)["ledger/drawn"]
             self.outcome.lost += lost_prompts(run)
+            gaps = [number(row, "mismatch/mean") for row in rows_of(run) if row["kind"] == "train"]
+            self.outcome.mismatch = max([self.outcome.mismatch, *(gap for gap in gaps if gap is not None)])
+            self.outcome.unmatched += gaps.count(None)
 
     def _life(self, run: Path) -> str | None:
         """One start of the command, to its end or its death. None: it was killed; "": the run is complete; else what is wrong."""

@@ -203,10 +203,12 @@ def kill_series(folder, *scripts, kills=1, limit=60.0):
 
 
 def test_a_life_after_a_death(tmp_path):
-    write_run(tmp_path / "run-0", [row(1), row(2), row(3)], drawn=60)
+    gaps = [row(1, **{"mismatch/mean": 1e-7}), row(2, **{"mismatch/mean": None}), row(3)]
+    write_run(tmp_path / "run-0", gaps, drawn=60)
     outcome, notes = kill_series(tmp_path, SLEEP, SLEEP, "", kills=2)
     assert outcome.faults == []
     assert (outcome.survived, outcome.runs, outcome.steps, outcome.prompts, outcome.lost) == (2, 1, 3, 60, 0)
+    assert (outcome.mismatch, outcome.unmatched) == (1e-7, 2)
     assert outcome.repeated == 2, "the newest checkpoint is of step 2, each time"
     assert all(kill.gone < 10 for kill in outcome.kills)
     assert [note.split(":")[0] for note in notes] == ["kill 1 of 2", "kill 2 of 2"]
