@@ -31,8 +31,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except OSError as error:
         if not refused(error):
             raise
-        where = error.filename or "the disk"
-        print(f"keju: error: {where}: {error.strerror}; free space there, or name another place", file=sys.stderr)
+        print("keju: error:", line_of(error), file=sys.stderr)
         code = EXIT_INPUT
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -41,7 +40,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 def line_of(error: BaseException) -> str:
     """What `error` says. It may quote a file's content: joined, it is one line whatever it quotes."""
-    return " ".join(str(error).split())
+    text = f"{error.filename}: {error.strerror}; free space there, or name another place" if refused(error) else str(error)
+    return " ".join(text.split())
 
 
 def code_of(error: BaseException) -> int:
@@ -54,8 +54,9 @@ def code_of(error: BaseException) -> int:
 
 
 def refused(error: BaseException) -> bool:
-    """Whether a disk takes nothing."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    """Whether a disk takes nothing, and which is known."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return full and error.filename is not None
 
 
 def number(name: str, read: Callable[[str], Any], good: Callable[[Any], bool]) -> Callable[[str], Any]:

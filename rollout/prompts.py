@@ -261,7 +261,8 @@ class PromptSource:
         if seed < 0:
             raise ValueError(f"the seed is {seed}; it must be 0 or more")
         self._prompts = tuple(prompts)
-        self._digest = _digest(self._prompts)
+        self._digest = _digest([prompt.id for prompt in self._prompts])
+        self._content = _digest([[prompt.id, prompt.question, prompt.answer] for prompt in self._prompts])
         self._move(seed, epoch=0, position=0)
 
     @property
@@ -283,17 +284,23 @@ class PromptSource:
         return drawn
 
     def state(self) -> dict[str, Any]:
-        """The cursor, JSON-able: seed, epoch (from 0), position (prompts drawn in this epoch), the data's count and digest."""
+        """The cursor, JSON-able: seed, epoch (from 0), position (prompts drawn in this epoch), the data's count, and digests of
+        its ids and of its ids, questions and answers."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,
             "position": self._position,
             "count": len(self._prompts),
             "digest": self._digest,
+            "content": self._content,
         }
 
     def is_of(self, state: dict[str, Any]) -> bool:
-        """Whether `state` is a cursor over these prompts, whatever their file is called."""
+        """Whether `state` is a cursor over these very prompts, whatever their file is called. Ids alone do not tell: where a file
+        has none they are numbers."""
+        return self._has_ids(state) and state.get("content", self._content) == self._content
+
+    def _has_ids(self, state: dict[str, Any]) -> bool:
         return (state.get("count"), state.get("digest")) == (len(self._prompts), self._digest)
 
     def load(self, state: dict[str, Any]) -> None:
@@ -305,7 +312,7 @@ class PromptSource:
                 raise InputError(
                     f"prompt cursor, field {name}: {_short(value)} is no whole number of 0 or more; take another checkpoint"
                 )
-        if not self.is_of(state):
+        if not self._has_ids(state):
             raise InputError(
                 f"prompt cursor: it was saved over other prompts ({state['count']}, digest {_short(state.get('digest'))}) than "
                 f"are read now ({len(self._prompts)}, digest {self._digest!r}); give the run its old prompts file, or start anew"
@@ -322,7 +329,6 @@ class PromptSource:
         self._seed, self._epoch, self._position = seed, epoch, position
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
-    """16 hexadecimal digits over the ids in the file's order. JSON keeps ["a,b"] and ["a", "b"] apart."""
-    ids = json.dumps([prompt.id for prompt in prompts]).encode()
-    return hashlib.sha256(ids).hexdigest()[:16]
+def _digest(texts: Sequence[Any]) -> str:
+    """16 hexadecimal digits over texts in the file's order. JSON keeps ["a,b"] and ["a", "b"] apart."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Pulse:
-    """One of a thread; only that thread writes."""
+    """One of a thread; only that thread writes, but for `stir`."""
 
     sequence: int = 0
     moved: float = field(default_factory=time.monotonic)

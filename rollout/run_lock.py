@@ -53,7 +53,8 @@ class RunLock:
         try:
             self._write(self._owner)
         except OSError as error:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it still holds what was refused
+                self._file.close()
             raise InputError(f"{run}: run: cannot be written ({error.strerror}); free space there") from None
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="keju-lock", daemon=True).start()
@@ -88,8 +89,12 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            if (successor := self._successor()) is not None:
-                line = f"{self._path.parent}: taken over by {named(successor)} while this process was frozen: it ends here"
+            successor = self._successor()
+            if self._released.is_set():
+                return
+            if successor is not None:
+                how = "while this process was frozen, or its lock removed"
+                line = f"{self._path.parent}: taken over by {named(successor)} {how}: it ends here"
                 print(f"keju: error: {line}", file=sys.stderr, flush=True)
                 os._exit(EXIT_LOST)
             with contextlib.suppress(OSError, ValueError):  # closed in this moment, or a file system that is away

@@ -72,8 +72,10 @@ class Checkpoints:
         self._writers = ranks.another(config.seconds + GROUP_GRACE)
         self._staging = checkpoint_tensors.Staging()
         self._writing: Write | None = None
-        self._seen: set[int] = set()
-        """Steps whose folders were there at the start."""
+        self._known: set[int] | None = None
+        """Steps whose folders were there at the start, or are this start's. Others came since, from a disk mounted late, say."""
+        self._told: set[int] = set()
+        """Of those others."""
         self._stands: int | None = None
         """The newest step that is on the disk."""
         self._failed: SaveFailed | None = None
@@ -82,8 +84,9 @@ class Checkpoints:
         self._defect: BaseException | None = None
         self._measured: dict[str, float] = {}
 
-    def save(self, actor: Actor, state: RunState, wait: bool = False) -> None:
-        """Writes a checkpoint for `state.step`, of the values of now, or does nothing where it stands.
+    def save(self, actor: Actor, state: RunState, wait: bool = False, hindrance: str | None = None) -> None:
+        """Writes a checkpoint for `state.step`, of the values of now, or does nothing where it stands. hindrance: why it must not
+        stand, on rank 0; a save that fails.
 
         wait: until it stands. Raises InputError where it then does not, or after `max_failures` saves in a row that failed.
         """
@@ -92,7 +95,7 @@ class Checkpoints:
         if not wait:
             self._give_up()
         if state.step != self._stands:
-            self._save(actor, state, wait or not self._config.asynchronous)
+            self._save(actor, state, wait or not self._config.asynchronous, hindrance)
         self._measured["time/checkpoint"] = time.perf_counter() - start
         if wait and self._failed is not None:
             raise self._ended()
@@ -146,7 +149,7 @@ class Checkpoints:
         folders, fault = self._ranks.broadcast(self._listed() if self._ranks.first else None)
         if fault is not None:
             raise InputError(fault)
-        self._seen = {step_of(folder) for folder in folders}
+        self._known = {step_of(folder) for folder in folders}
         return newest_of(self._folder, folders, self._damage, self._note if self._ranks.first else lambda _: None)
 
     def _listed(self) -> tuple[list[Path], str | None]:
@@ -159,11 +162,13 @@ class Checkpoints:
         mine = damage(folder, self._ranks.rank, self._ranks.size, self._ranks.pulse.stir)
         return next((found for found in self._ranks.all_gather(mine) if found is not None), None)
 
-    def _save(self, actor: Actor, state: RunState, wait: bool) -> None:
+    def _save(self, actor: Actor, state: RunState, wait: bool, hindrance: str | None = None) -> None:
         """wait: nothing changes meanwhile, so the policy's own memory is written."""
         tensors = checkpoint_tensors.tensors_of(actor)
         packed = checkpoint_state.pack(state, actor.updates, self._ranks.size) if self._ranks.first else None
-        fault = self._ranks.broadcast(self._refusal(tensors, packed) if packed is not None else None)
+        if packed is not None:
+            hindrance = hindrance or self._refusal(tensors, packed, state.step)
+        fault = self._ranks.broadcast(hindrance)
         if fault is not None:
             self._count(state.step, SaveFailed(fault))
             return
@@ -176,12 +181,18 @@ class Checkpoints:
         if wait:
             self._settle()
 
-    def _refusal(self, tensors: dict[str, Tensor], packed: Packed) -> str | None:
+    def _refusal(self, tensors: dict[str, Tensor], packed: Packed, step: int) -> str | None:
         """Why a checkpoint cannot be written, before anything is copied."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._known is None:  # nobody asked to resume
+                self._known = {step_of(folder) for folder in folders_of(self._folder)}
+            if step not in self._known and (self._folder / name_of(step)).exists():
+                return f"{self._folder / name_of(step)} is there, and is not this run's: move it away"
             clear_unfinished(self._folder)
             needed, free = checkpoint_tensors.bytes_of(tensors, self._ranks.size) + packed.nbytes + ROOM, free_bytes(self._folder)
+        except InputError as error:
+            return str(error)
         except OSError as error:
             return f"{error.strerror} ({error.filename})"
         return f"{self._folder} has {free / 1e9:.3g} GB free, and it takes {needed / 1e9:.3g} GB" if free < needed else None
@@ -226,16 +237,18 @@ class Checkpoints:
         return "none" if self._stands is None else name_of(self._stands)
 
     def _retain(self, newest: int) -> None:
-        """On rank 0, when `newest` stands. Later ones that were not there at the start are somebody's: a disk that was mounted
-        since then."""
+        """On rank 0, when `newest` stands."""
+        self._known.add(newest)
         try:
             folders = {step_of(folder): folder for folder in folders_of(self._folder)}
-            best = best_of([step for step in folders if step <= newest], self._score) if self._config.keep_best else None
-            stay = kept(list(folders), newest, last=self._config.keep, every=self._config.keep_every, best=best)
-            for step, folder in folders.items():
-                if step > newest and step not in self._seen:
-                    self._note(f"{folder} is of a later step and was not there when this run started: left alone")
-                elif step not in stay:
+            for step in sorted(folders.keys() - self._known - self._told):
+                self._told.add(step)
+                self._note(f"{folders[step]} was not there when this run started, and is not its own: left alone")
+            ours = {step: folder for step, folder in folders.items() if step in self._known}
+            best = best_of([step for step in ours if step <= newest], self._score) if self._config.keep_best else None
+            stay = kept(list(ours), newest, last=self._config.keep, every=self._config.keep_every, best=best)
+            for step, folder in ours.items():
+                if step not in stay:
                     discard(folder)
         except InputError as error:
             self._note(f"no old checkpoint is removed: {error}")

@@ -6,6 +6,7 @@ thread draws the newest one four times a second, so drawing costs the loop next 
 """
 
 import atexit
+import errno
 import sys
 import threading
 import time
@@ -151,8 +152,9 @@ class Console:
             return
         try:
             print(line, file=self._stream, flush=True)
-        except OSError:
-            self._closed.set()  # whoever read this went away (a pipe into head); that must not end a run of days
+        except OSError as error:  # that must not end a run of days
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a file on a full disk takes the lines after it again
+                self._closed.set()  # whoever read this went away (a pipe into head)
 
     def _heartbeat(self) -> None:
         # A thread, because the phase that most needs it is the one that no longer advances.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from rollout import process
+from rollout.cli import EXIT_INPUT
 
 QUIET_SECONDS = 10.0
 """A rank whose watch has published nothing for so long does not run Python any more."""
@@ -26,9 +27,10 @@ _IMPORT_FRAME = re.compile(r'^  File "<frozen importlib.*\n', re.MULTILINE)
 @dataclass(frozen=True, slots=True)
 class Health:
     """What a rank says of itself once a second. born: `rollout.process.birth`; waits: the collective or the deadline that it is
-    in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; launch: what started it
-    (`trainer.launch.launch_name`); space: where its pid means it (`rollout.process.space`). end: "" while it runs; code: then
-    its exit code; why: then the line that it ended with, where it was no defect."""
+    in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; launches: what
+    started it and the ranks that it has met (`trainer.launch.launch_name`); space: where its pid means it
+    (`rollout.process.space`). end: "" while it runs; code: then its exit code; why: then the line that it ended with, where it
+    was no defect."""
 
     rank: int
     host: str
@@ -41,7 +43,7 @@ class Health:
     sequence: int = 0
     silent: float = 0.0
     said: float = 0.0
-    launch: str = ""
+    launches: Sequence[str] = ()
     space: str = ""
     end: str = ""
     code: int = 0
@@ -53,6 +55,11 @@ class Health:
     @classmethod
     def from_json(cls, text: str) -> Health:
         return cls(**json.loads(text))
+
+    @property
+    def of_its_own(self) -> bool:
+        """Whether it ended for what only a person can mend, or must look at."""
+        return self.code == EXIT_INPUT or self.end == "ended: RunStopped"
 
     def beside(self, other: Health) -> bool:
         """Whether each can look at the other's process."""

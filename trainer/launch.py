@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -28,7 +29,8 @@ from trainer.watch import SIGNALS, STOP_FILE, heard
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
-ENDS_OF_ITS_OWN = ("RunStopped", "InputError")
+SAY_SECONDS = 20
+"""For the rank that tells why nothing is started again."""
 END_SECONDS = 60
 """Beyond the deadline of a stop: for its report."""
 
@@ -76,7 +78,8 @@ def last_start() -> bool:
 
 
 def launch_name() -> str:
-    """Names the torchrun of this rank, which outlives its restarts, for good; "" for a process that no torchrun started."""
+    """Names the torchrun of this rank, one on each host, which outlives its restarts, for good; "" for a process that no torchrun
+    started."""
     parent = os.getppid()
     return f"{socket.gethostname()}, pid {parent}, born {birth(parent)}" if is_rank() else ""
 
@@ -92,7 +95,7 @@ def _records(run: Path) -> Iterator[Health]:
     for number in range(world_size()):
         with contextlib.suppress(OSError, ValueError, TypeError):
             health = Health.from_json(health_path(run, number).read_text(encoding="utf-8"))
-            if is_rank() and health.launch == launch_name():
+            if is_rank() and launch_name() in health.launches:
                 yield health
 
 
@@ -101,7 +104,9 @@ def refuse_restart(run: Path) -> None:
     stopped it is still there, and only a person can say that it shall go on: raises RunStopped on the one rank of a host that
     says so, the last time that torchrun tries, and else SystemExit."""
     for health in _records(run):
-        if health.end.removeprefix("ended: ") in ENDS_OF_ITS_OWN:
+        if health.of_its_own:
+            if last_start() and os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(SAY_SECONDS)  # whoever ends first has torchrun end the others
             if not last_start() or os.environ.get("LOCAL_RANK", "0") != "0":
                 raise SystemExit(health.code)
             raise RunStopped(

@@ -66,8 +66,12 @@ class TrainingLoop:
     def run(self) -> None:
         """To the end of the last stage. However it ends, a checkpoint that is being written is finished. Raises
         StoppedAsAsked where it was asked to stop before, RunStopped where a guard or an alarm stops it."""
-        with self.checkpoints:
-            self.run_steps()
+        try:
+            with self.checkpoints:
+                self.run_steps()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
 
     def run_steps(self) -> None:
         step = self.resume()
@@ -80,8 +84,6 @@ class TrainingLoop:
                 self.evaluate(step)
             if self.due(step, self.config.checkpoint.every):
                 self.save(self.state(step), wait=step == self.config.total_steps)
-        if self.metrics is not None:
-            self.metrics.close()
 
     def train_step(self, step: int) -> int:
         """One step of the recipe. Returns how many steps are finished now."""
@@ -274,7 +276,8 @@ class TrainingLoop:
 
     def save(self, state: RunState, wait: bool = False) -> None:
         with self.console.phase("checkpoint", None, "files"):
-            self.checkpoints.save(self.parts.actor, state, wait)
+            hindrance = self.metrics.hindrance() if self.metrics is not None else None
+            self.checkpoints.save(self.parts.actor, state, wait, hindrance)
             give_back()
 
     def score_of(self, step: int) -> float | None:
@@ -321,7 +324,8 @@ class TrainingLoop:
         if self.inputs is None:
             return
         self.parts.sampler.state = SamplerState(replace(state.ledger), list(state.buffer))
-        go_on(self.config, self.inputs.sources, state.sources, state.step)
+        for old, new in go_on(self.config, self.inputs.sources, state.sources, state.step).items():
+            self.console.note(f"{new}: the prompts of {old}, which is not read any more: goes on where that was")
 
     def write(self, step: int, stage: StageConfig, measured: dict[str, Any]) -> None:
         head = {

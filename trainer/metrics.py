@@ -114,14 +114,19 @@ class MetricsWriter:
         scores = [score for (at, _), score in list(self._evaluated.items()) if at == step]
         return sum(scores) / len(scores) if scores and None not in scores else None
 
-    def close(self) -> None:
-        """Raises InputError where rows are lost."""
+    def hindrance(self) -> str | None:
+        """Tries again to write what waits. What keeps it from that, or None: a checkpoint of steps whose rows are nowhere would
+        lose them for good."""
         self._append()
+        rows = self._waiting.count(b"\n")
+        return f"{self._path}: {rows} rows cannot be written" if rows else None
+
+    def close(self) -> None:
+        """Says so where rows are lost."""
+        if (hindrance := self.hindrance()) is not None:
+            self._note(f"{hindrance}, and are lost; the checkpoints are of steps before them")
         self._file.close()
         self._close_tensorboard()
-        if self._waiting:
-            lines = self._waiting.count(b"\n")
-            raise InputError(f"{self._path}: its last {lines} rows could not be written; free space, and give the command again")
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -151,7 +151,7 @@ class Watch:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, (InputError, EngineError, RunStopped)):
+        if isinstance(error, (InputError, EngineError, RunStopped)) or cli.refused(error):
             self._why = cli.line_of(error)
         elif isinstance(error, Exception):
             self._await_news()  # a collective that fails because another rank is gone is no defect of this one
@@ -214,7 +214,8 @@ class Watch:
             self._wake.clear()
             over = self._over.is_set()
             health = self.health()
-            now = (health.step, health.phase, health.place, health.waits, health.sequence, self._board is not None)
+            place = (health.step, health.phase, health.place, health.waits, health.sequence)
+            now = (*place, health.launches, self._board is not None)
             if over or now != posted or health.said - last > QUIET_POST_SECONDS:
                 self._publish(health)
                 posted, last = now, health.said
@@ -271,8 +272,12 @@ class Watch:
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
             waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
-            said=time.monotonic(), launch=self._launch, space=self._space, end=self._end, code=self._code, why=self._why,
+            said=time.monotonic(), launches=self._launches(), space=self._space, end=self._end, code=self._code, why=self._why,
         )  # fmt: skip
+
+    def _launches(self) -> list[str]:
+        """Of all ranks that this one knows of."""
+        return sorted({self._launch, *(name for peer in list(self._peers.values()) for name in peer.launches)} - {""})
 
     @property
     def _who(self) -> str:

@@ -31,7 +31,7 @@ def draw(file: Path) -> Path:
             memory.plot(steps, record["mib"][name], color=colour, linewidth=1.2, label=label)
         memory.axvline(SETTLED, color=GREY, linewidth=0.8, linestyle=":")
         memory.set_ylim(bottom=0)
-        memory.set_ylabel("MiB (proportional set size)")
+        memory.set_ylabel("MiB (private pages)")
         memory.set_title(
             f"Memory of each process (growth after step {SETTLED} of what is left when a checkpoint gives freed memory back)",
             loc="left",

@@ -128,9 +128,45 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(tiny, whole,
             train(write_config(tiny, run, *SHORT))
     said = capsys.readouterr().out
     assert len(refused) > 3
-    for line in ("checkpoint of step 3 failed: No space", "rows wait in memory", "takes rows again", "TensorBoard's files cannot",
+    for line in ("checkpoint of step 3 failed: ", "rows wait in memory", "takes rows again", "TensorBoard's files cannot",
                  "samples of step"):  # fmt: skip
         assert said.count(line) == 1, line
+    assert rows_of(run) == rows_of(whole)
+
+
+def test_no_checkpoint_gets_ahead_of_the_rows_and_a_stop_loses_none(tiny, whole, capsys):
+    """The disk refuses the row of step 3, is mended, and the run is asked to stop before another row comes."""
+    from trainer.loop import TrainingLoop
+
+    run = whole.with_name("stopped")
+    config_path = write_config(tiny, run, *SHORT)
+    plain_append, plain_step = MetricsWriter._append, TrainingLoop.train_step
+    now = SimpleNamespace(full=False, stopping=False)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def append(writer):
+        with patch.object(writer, "_file", SimpleNamespace(write=full) if now.full else writer._file):
+            plain_append(writer)
+
+    def step(loop, number):
+        now.full, now.stopping = number == 2, number == 3
+        return plain_step(loop, number)
+
+    with (
+        patch.object(MetricsWriter, "_append", append),
+        patch.object(TrainingLoop, "train_step", step),
+        patch("trainer.train.Watch.stopping", lambda _: now.stopping),
+    ):
+        train(config_path)
+    said = capsys.readouterr().out
+    assert "checkpoint of step 3 failed: " in said
+    assert "metrics.jsonl: 2 rows cannot be written" in said, "the evaluation's too"
+    assert said.endswith("stopped after step 3; the same command continues\n")
+    assert left(run)[-1] == 3
+    assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == [1, 2, 3]
+    train(config_path)
     assert rows_of(run) == rows_of(whole)
 
 

@@ -182,15 +182,18 @@ def test_a_disk_that_takes_nothing_is_one_line_and_another_error_a_defect(number
 
     with pytest.raises(SystemExit) as caught:
         run(main)
-    assert caught.value.code == code_of(OSError(number, "")) == 2
+    assert caught.value.code == code_of(OSError(number, "", "x")) == 2
     line = f"keju: error: /mnt/out/model.safetensors: {os.strerror(number)}; free space there, or name another place\n"
     assert capsys.readouterr().err == line
 
-    def defect(_arguments):
-        raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+    for error in (FileNotFoundError(errno.ENOENT, "no such file", "x"), OSError(number, "of what file nobody knows")):
 
-    with pytest.raises(FileNotFoundError):
-        run(defect)
+        def defect(_arguments, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            run(defect)
+        assert code_of(error) == 1
 
 
 def test_a_configuration_says_what_its_guards_are(alarmed):

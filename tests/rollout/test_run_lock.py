@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import signal
@@ -150,17 +150,33 @@ def test_a_release_leaves_the_successors_lock_alone(tmp_path):
     assert (tmp_path / "run/run.lock").read_text() == before
 
 
-def test_a_disk_that_takes_no_lock_is_one_line_and_one_that_is_full_at_the_end_none(tmp_path, monkeypatch):
-    def full(*_arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
-    lock = RunLock(tmp_path / "run")
-    monkeypatch.setattr(RunLock, "_write", full)
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+
+
+def test_a_disk_that_takes_no_lock_is_one_line_and_one_that_is_full_at_the_end_none(small_disk):
+    lock = RunLock(small_disk)
+    lock._file.truncate(0)  # so that its page is free, and taken by what comes
+    fill(small_disk)
     lock.release()
-    with pytest.raises(InputError, match=r"run: run: cannot be written \(No space left on device\); free space there"):
-        RunLock(tmp_path / "run")
-    monkeypatch.undo()
-    RunLock(tmp_path / "run").release()
+    with pytest.raises(InputError, match=r"small: run: cannot be written \(No space left on device\); free space there"):
+        RunLock(small_disk)
+    (small_disk / "filler").unlink()
+    RunLock(small_disk).release()
 
 
 def test_a_job_that_torchrun_restarts_elsewhere_takes_its_own_lock(tmp_path, monkeypatch):

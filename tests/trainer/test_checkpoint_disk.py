@@ -154,11 +154,31 @@ def test_later_checkpoints_that_came_after_the_start_are_left_alone(mesh, run, t
     assert kept.resume(actor).step == 0
     shutil.copytree(run / "checkpoints", tmp_path / "late/checkpoints")
     (tmp_path / "late/checkpoints/step-000002").rename(tmp_path / "late/checkpoints/step-000820")
-    kept.save(actor, state_at(3), wait=True)
-    assert names(tmp_path / "late") == ["step-000003", "step-000820"]
-    assert [line.split("checkpoints/")[1] for line in said] == [
-        "step-000820 is of a later step and was not there when this run started: left alone"
-    ]
+    (tmp_path / "late/checkpoints/step-000001").rename(tmp_path / "late/checkpoints/step-000005")
+    for step in (3, 4):
+        kept.save(actor, state_at(step), wait=True)
+    assert names(tmp_path / "late") == ["step-000004", "step-000005", "step-000820"]
+    with pytest.raises(InputError, match=r"checkpoint of step 5 failed: .*step-000005 is there, and is not this run's: move it"):
+        kept.save(actor, state_at(5), wait=True)
+    kept.save(actor, state_at(6), wait=True)
+    assert names(tmp_path / "late") == ["step-000005", "step-000006", "step-000820"], "nor do they push its own out"
+    others = [line.split("checkpoints/")[1] for line in said if "left alone" in line]
+    assert others == [
+        f"{name} was not there when this run started, and is not its own: left alone" for name in ("step-000005", "step-000820")
+    ], "once each"
+
+
+def test_a_checkpoint_of_steps_whose_rows_are_nowhere_does_not_stand(mesh, run):
+    said, actor = [], small_actor(mesh)
+    kept = checkpoints(run, said.append)
+    kept.resume(actor)
+    kept.save(actor, state_at(3), hindrance="RUN/metrics.jsonl: 2 rows cannot be written")
+    assert names(run) == ["step-000001", "step-000002"]
+    assert said[0].startswith("checkpoint of step 3 failed: RUN/metrics.jsonl: 2 rows cannot be written: free space there")
+    with pytest.raises(InputError, match="2 rows cannot be written"):
+        kept.save(actor, state_at(4), True, "RUN/metrics.jsonl: 2 rows cannot be written")
+    kept.save(actor, state_at(5), wait=True)
+    assert "step-000005" in names(run)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

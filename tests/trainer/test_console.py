@@ -1,5 +1,6 @@
 """What a person sees: complete at 80 columns, silent about nothing, and never the reason why a run ends."""
 
+import errno
 import io
 import os
 import pty
@@ -180,6 +181,25 @@ def test_a_reader_who_goes_away_does_not_end_the_run():
     with Console(60, list(STAGES), stream=Gone()) as console:
         console.step(ROW)
         console.note("still here")
+
+
+def test_a_full_disk_costs_its_lines_and_not_those_after():
+    """As where the output goes to a file there."""
+
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text):
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
+
+    stream = Full()
+    with Console(60, STAGES, stream=stream) as console:
+        console.note("lost")
+        stream.full = False
+        console.note("there is room again")
+    assert stream.getvalue() == "there is room again\n"
 
 
 def test_the_null_console_takes_every_call():

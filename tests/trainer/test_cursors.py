@@ -53,6 +53,30 @@ def test_of_two_that_were_moved_each_goes_on_in_its_own():
     assert (sources["/fast/a"].state(), sources["/fast/b"].state()) == (after("a", 7), after("b", 3))
 
 
+def test_of_equal_prompts_each_goes_on_in_the_file_of_its_name():
+    sources = {"/fast/b": source("same"), "/fast/a": source("same")}
+    assert go_on(config("/fast/a", "/fast/b"), sources, {"a": after("same", 7), "b": after("same", 3)}, 3) == {
+        "a": "/fast/a",
+        "b": "/fast/b",
+    }
+    assert (sources["/fast/a"].state(), sources["/fast/b"].state()) == (after("same", 7), after("same", 3))
+
+
+def test_other_prompts_with_the_ids_of_those_that_are_gone_are_others():
+    """As files without ids have: they are numbered."""
+    other = PromptSource([Prompt(f"a-{number}", "another?", "!") for number in range(20)], seed=3)
+    with pytest.raises(InputError, match="other prompts than this stage began with"):
+        go_on(config("c", "b"), {"c": other, "b": source("b")}, {"a": after("a", 7)}, 1)
+    go_on(config("a", "b"), {"a": other, "b": source("b")}, {"a": after("a", 7)}, 1)  # mended in place: as before
+
+
+def test_a_cursor_of_an_earlier_version_is_found_by_its_ids():
+    old = {name: value for name, value in after("a", 7).items() if name != "content"}
+    sources = {"/fast/a": source("a")}
+    assert go_on(config("/fast/a"), sources, {"a": old}, 1) == {"a": "/fast/a"}
+    assert sources["/fast/a"].state() == after("a", 7)
+
+
 def test_a_copy_in_use_keeps_its_own_cursor():
     sources = {"a": source("a"), "copy of a": source("a")}
     go_on(config("a", "copy of a"), sources, {"a": after("a", 7)}, 2)

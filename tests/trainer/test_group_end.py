@@ -64,8 +64,9 @@ def ended(folder, *ends, launched=None):
     (folder / "health").mkdir(parents=True, exist_ok=True)
     for rank, end in enumerate(ends):
         health = Health(
-            rank, "here", 1, 1, launch=launch.launch_name() if launched is None else launched, end=end, code=3, why=WHY
-        )
+            rank, "here", 1, 1, launches=[launch.launch_name()] if launched is None else launched,
+            end=end, code=2 if end == "ended: InputError" else 1 if "ValueError" in end else 3, why=WHY,
+        )  # fmt: skip
         health_path(folder, rank).write_text(health.to_json())
 
 
@@ -84,14 +85,17 @@ def test_torchrun_does_not_start_again_what_stopped_of_its_own(tmp_path, restart
     before = {path: path.read_text() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as caught:  # torchrun will try once more: without a word
         train.run_rank(configuration(run))
-    assert caught.value.code == 3
+    assert caught.value.code == (2 if "Input" in end else 3)
     restarted(2, 2)
     with pytest.raises(RunStopped, match=f"run: not started again, as it stopped of its own: {WHY}; mend that"):
         train.run_rank(configuration(run))
     assert {path: path.read_text() for path in run.rglob("*") if path.is_file()} == before, "the next restart is refused as well"
     monkeypatch.setenv("LOCAL_RANK", "1")
+    slept = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
     with pytest.raises(SystemExit):
         launch.refuse_restart(run)
+    assert slept == [launch.SAY_SECONDS], "it does not end before the other has said so"
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,8 @@ def test_torchrun_does_not_start_again_what_stopped_of_its_own(tmp_path, restart
         (("ended: EngineError",), None),
         (("ended: ValueError",), None),
         (("", "ended: RunStopped"), None),  # on more ranks than now
-        (("ended: RunStopped",), ""),
-        (("ended: RunStopped",), "here, pid 7, born 9"),  # what a person started again, and then died before it said anything
+        (("ended: RunStopped",), []),
+        (("ended: RunStopped",), ["here, pid 7, born 9"]),  # what a person started again, and then died before it said anything
     ],
 )
 def test_torchrun_starts_again_what_died_or_was_lost(tmp_path, restarted, ends, launched):
@@ -122,7 +126,7 @@ def test_a_record_that_cannot_be_read_keeps_nothing_from_starting(tmp_path, rest
 
 def test_a_persons_start_is_never_refused(tmp_path, restarted):
     restarted(0, 2)
-    ended(tmp_path, "ended: RunStopped", launched="here, pid 7, born 9")
+    ended(tmp_path, "ended: RunStopped", launched=["here, pid 7, born 9"])
     assert launch.first_start(tmp_path)
     launch.refuse_restart(tmp_path)
 
@@ -140,6 +144,16 @@ def test_a_start_because_another_host_came_is_no_first_one(tmp_path, restarted):
 def test_the_name_of_a_launch_is_that_of_one_process(restarted):
     name = launch.launch_name()
     assert f"pid {os.getppid()}, born {process.birth(os.getppid())}" in name
+
+
+def test_the_torchruns_of_all_hosts_know_each_others_ends(tmp_path, restarted, monkeypatch):
+    """Rank 0 of the other host met bad input; this one's would wait for it half an hour."""
+    restarted(1, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended(tmp_path, "ended: InputError", "ended: RuntimeError", launched=["other, pid 7, born 9", launch.launch_name()])
+    assert not launch.first_start(tmp_path)
+    with pytest.raises(RunStopped, match="not started again"):
+        launch.refuse_restart(tmp_path)
 
 
 def test_without_torchrun_a_launch_has_no_name(monkeypatch):

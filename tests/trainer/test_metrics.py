@@ -164,13 +164,23 @@ def test_rows_that_the_disk_refuses_wait_and_none_is_lost(tmp_path, room):
     assert notes[1:] == [f"{where}: takes rows again; all that waited are written"]
 
 
-def test_rows_that_are_lost_in_the_end_are_an_error(tmp_path):
-    writer = MetricsWriter(tmp_path, resume_after=None)
-    writer._file = Full(writer._file, 0)
-    for step in (1, 2):
-        writer.write(train(step))
-    with pytest.raises(InputError, match="its last 2 rows could not be written; free space, and give the command again"):
-        writer.close()
+def test_rows_that_wait_hinder_a_checkpoint_and_are_written_at_the_end_if_they_can_be(tmp_path):
+    notes = []
+    with MetricsWriter(tmp_path, resume_after=None, note=notes.append) as writer:
+        assert writer.hindrance() is None
+        disk = writer._file = Full(writer._file, 0)
+        for step in (1, 2):
+            writer.write(train(step))
+        assert writer.hindrance() == f"{tmp_path}/{METRICS_FILE}: 2 rows cannot be written"
+        disk.room = 1 << 20
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert len(notes) == 2
+    with MetricsWriter(tmp_path, resume_after=2, note=notes.append) as writer:
+        writer._file = Full(writer._file, 0)
+        writer.write(train(3))
+    assert notes[-1] == (
+        f"{tmp_path}/{METRICS_FILE}: 1 rows cannot be written, and are lost; the checkpoints are of steps before them"
+    )
 
 
 def test_tensorboard_is_a_view_and_ends_no_run(tmp_path):

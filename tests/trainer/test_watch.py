@@ -40,7 +40,8 @@ from trainer.watch import Watch
 
 RANK = int(os.environ["RANK"])
 ended = Path(sys.argv[1]) / f"ended-{RANK}"
-with Watch(Path(sys.argv[1]), RANK, 2, seconds=float(sys.argv[2]), stop_seconds=60.0) as watch:
+options = {"seconds": float(sys.argv[2]), "stop_seconds": 60.0, "launch": f"torchrun {RANK}"}
+with Watch(Path(sys.argv[1]), RANK, 2, **options) as watch:
     with process_group(float(sys.argv[2]), watch=watch) as (ranks, mesh, device):
         ranks.broadcast(None)
         pid = os.getpid()
@@ -189,12 +190,19 @@ def test_the_stop_file_asks_and_one_from_before_the_start_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "kept"), [("EngineError", True), ("ValueError", True), ("RunStopped", False), ("InputError", False)]
+    ("error", "kept"),
+    [
+        ("EngineError('why')", True),
+        ("ValueError('why')", True),
+        ("RunStopped('why')", False),
+        ("InputError('why')", False),
+        ("OSError(28, 'full', 'x')", False),  # which ends as bad input does, and is not started again
+    ],
 )
 def test_a_stop_that_was_not_carried_out_is_still_asked_for(tmp_path, error, kept):
     """torchrun may start again what failed in the meantime, and nobody would ask a second time."""
     process = alone(
-        "from rollout.errors import *\nwith watch() as w:\n  ready()\n  until(w.stopping)\n  raise " + error + "('why')", tmp_path
+        "from rollout.errors import *\nwith watch() as w:\n  ready()\n  until(w.stopping)\n  raise " + error, tmp_path
     )
     (tmp_path / "stop").touch()
     assert ends(process)[0] == 1
@@ -309,3 +317,18 @@ def test_a_signal_at_rank_1_reaches_rank_0(tmp_path):
     for each in ranks:
         assert each.stdout.readline() == "asked\n"
         assert ends(each)[0] == 0
+
+
+def test_ranks_that_have_met_name_each_others_launch(tmp_path):
+    for process in two("time.sleep(2.5)", tmp_path):
+        assert ends(process)[0] == 0
+    for rank in range(2):
+        health = json.loads((tmp_path / f"health/rank-{rank:05d}.json").read_text())
+        assert health["launches"] == ["torchrun 0", "torchrun 1"]
+
+
+def test_a_full_disk_is_an_end_of_its_own(tmp_path):
+    process = alone("with watch() as w:\n  ready()\n  raise OSError(28, 'full', 'the/file')", tmp_path)
+    assert ends(process)[0] == 1
+    health = json.loads((tmp_path / "health/rank-00000.json").read_text())
+    assert (health["code"], health["why"]) == (2, "the/file: full; free space there, or name another place")
