@@ -61,8 +61,8 @@ def reasoning_gym(gold: str, answer: str, entry: dict[str, Any]) -> Score:
         return False, "wrong", f"not scored: {why}"
     value = float(score_answer(answer=answer, entry=entry))
     right = value >= 1.0 - 1e-9
-    if right and not exact(puzzle, answer, entry["metadata"]):
-        return False, "wrong", "near the target, and not it"
+    if right and not exact(puzzle, answer, gold, entry["metadata"]):
+        return False, "wrong", "the scorer takes it, and it is not the answer"
     return right, "right" if right else "wrong", f"score {value:g}"
 
 
