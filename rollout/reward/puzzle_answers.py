@@ -20,6 +20,9 @@ from typing import Any
 LONGEST = 4096
 """Characters of an answer, and four times as many as the ground truth has on top."""
 
+UNSCORABLE = {"propositional_logic": "its scorer takes the premises given back, and it has no answer to hold one to"}
+"""Puzzle → why no verdict on it means anything."""
+
 _FUNCTIONS = frozenset(
     [
         "sin",
