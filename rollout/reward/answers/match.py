@@ -36,6 +36,13 @@ _STATED_LAST = re.compile(
 _SHARES = {"%": 100, "permil": 1000}
 _CALCULATES = re.compile(r"\\(?:sum|prod|i*int|[bp]?mod)(?![a-zA-Z])")
 """An operation that is still to be done."""
+_GREEK = (
+    "(?:var)?(?:alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|"
+    "[oO]mega)"
+)
+_NO_VARIABLE = re.compile(rf"\\text\{{[^{{}}]*\}}|\\(?:begin|end)\{{\w+\}}|\\(?!(?:{_GREEK})(?![a-zA-Z]))[a-zA-Z]+")
+_VARIABLE = re.compile("[a-df-hj-zA-Z]")
+"""e and i are numbers."""
 _APART = re.compile(r"(?<!\\frac\s)(?<!\\binom\s)(?<![\d_])\d+\.?\s+\d+(?!\d*\s*/)")
 """10 24: two numbers, which the library joins."""
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|sinh|cosh|log|ln|lg|exp|sqrt)")
@@ -71,7 +78,24 @@ def _is_relation(text: str) -> bool:
 
 def _rearranged(gold: Node, answer: Node, equal: Equal) -> bool:
     """Equations that are solved for different things."""
+    if isinstance(gold, Value) and isinstance(answer, Value) and _is_solved(gold) and not _is_solved(answer):
+        return False
     return "=" in gold.whole and "=" in answer.whole and equal(gold.whole, answer.whole)
+
+
+def _is_solved(value: Value) -> bool:
+    """A name and what it is, without a variable: x = 3, and no y = 2x."""
+    return bool(value.name) and not value.product and not _has_variable(value.text)
+
+
+def _has_variable(text: str) -> bool:
+    return _VARIABLE.search(_NO_VARIABLE.sub(" ", text)) is not None
+
+
+def _turned_round(gold: Value, answer: Value) -> bool:
+    r"""60^\circ = \angle A: what gold names stands alone on the right."""
+    sides = split(answer.text, "=")
+    return re.sub(r"[\s{}]|\\text", "", sides[-1]) == gold.name and not any(map(_has_variable, sides[:-1]))
 
 
 def _same_group(gold: Group, answer: Group, equal: Equal) -> bool:
@@ -140,6 +164,8 @@ def _in_any_order(gold: Group, answer: Group, equal: Equal) -> bool:
 def _same_value(gold: Value, answer: Value, equal: Equal) -> bool:
     if not gold.name and not answer.name and "=" in gold.text and "=" in answer.text:
         return gold.text == answer.text or equal(gold.text, answer.text)
+    if _is_solved(gold) and not answer.name and "=" in answer.text and not _turned_round(gold, answer):
+        return False  # an equation that is still to be solved, as the question's
     if (gold.name and not answer.name and "=" in answer.text) or (answer.name and not gold.name and "=" in gold.text):
         return equal(gold.whole, answer.whole)
     if gold.unit == answer.unit == "" and (sides := _equated(gold, answer)) is not None:
