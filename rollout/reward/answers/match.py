@@ -33,6 +33,11 @@ _STATED_LAST = re.compile(
     r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选项?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
     re.IGNORECASE | re.DOTALL,
 )
+_STATED_SEVERAL = re.compile(
+    r"(?i:(?:(?:so|thus|hence|therefore)[\s,]*)?(?:the\s+)?(?:correct\s+)?(?:answers?|options?|choices?)(?:\s+(?:is|are))?)"
+    r"\s*[:：]?\s*(?P<english>\(?[A-H].*)|"
+    r"(?:故|所以|因此)?[,，]?\s*(?:应?选|(?:正确的?)?答案应?[是为]?)\s*[:：]?\s*(?P<chinese>\(?[A-H].*)"
+)
 _SHARES = {"%": 100, "permil": 1000}
 _OPERATORS = (
     ("sum", r"\\sum(?![a-zA-Z])|∑"),
@@ -343,14 +348,17 @@ def _same_choice(gold: str, answer: str) -> bool | None:
     bare = _CHOICE_MARKUP.sub(r"\1", answer).strip()
     if DENIES.search(bare) or HEDGES.search(bare) or set(_OPTION.findall(bare)) - wanted:
         return False
+    if len(wanted) > 1:
+        several = _STATED_SEVERAL.fullmatch(bare)
+        return several is not None and _choice_letters(several["english"] or several["chinese"]) == wanted
     stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare)
     return {stated[1].upper()} == wanted if stated else None
 
 
 def _choice_letters(text: str) -> set[str]:
     bare = re.sub(r"\\(?:text|math)(?:bf|rm|it|sf)?(?![a-z])|\\boxed|\\[()\[\]]|[${}*\s]", "", text)
-    if not re.fullmatch(r"\(?[A-H]\)?(?:(?:[,、和与]|and)?\(?[A-H]\)?)*[.。]?", bare) or "or" in bare:
+    if not re.fullmatch(r"\(?[A-H]\)?(?:(?:[,，、和与]|,?and)?\(?[A-H]\)?)*[.。]?", bare):
         return set()
     letters = re.findall("[A-H]", bare)
-    single, apart, sorted_up = len(letters) == 1, re.search("[,、和]", bare), letters == sorted(set(letters))
+    single, apart, sorted_up = len(letters) == 1, re.search("[,，、和与]|and", bare), letters == sorted(set(letters))
     return set(letters) if len(set(letters)) == len(letters) and (single or apart or sorted_up) else set()
