@@ -100,7 +100,7 @@ def read(text: str) -> tuple[Node, ...]:
     inner = text_form.unwrap(re.sub(r"\*\*(?=\S)|(?<=\S)\*\*|`", "", text))
     if inner is None:
         return ()
-    formula = text_form.clean(inner).strip().rstrip(".").strip()
+    formula = text_form.clean(text_form.without_font(inner.strip())).strip().rstrip(".").strip()
     formula = re.sub(r"^\$(?=[^\d.])|(?<![\d}])\$$", "", formula).strip()
     if not formula:
         return ()
