@@ -27,11 +27,15 @@ _CHOICE_MARKUP = re.compile(r"\\text(?:bf|rm|it)?\{([^{}]*)\}|\\boxed\{|[$*]|\\[
 _OPTION = re.compile(r"(?<![A-Za-z])([A-H])(?![A-Za-z'])(?!(?<=A)\s+(?!is\b|are\b|and\b|but\b|to\b)[a-z])")
 """A bare letter; an A before a word is the article."""
 _STATED_FIRST = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
+    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?)|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
 )
 _STATED_LAST = re.compile(
-    r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选项?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
+    r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选(?:项[是为]?|择)?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
     re.IGNORECASE | re.DOTALL,
+)
+_STATED_CORRECT = re.compile(
+    r"(?i:(?:the\s+)?(?:answer|option|choice)\s+)?\(?([A-H])\)?(?:\s*(?:选?项|是)?\s*正确的?|"
+    r"\s+is\s+(?:the\s+)?(?:correct|right)(?:\s+(?:answer|option|choice|one))?)[\s.。]*"
 )
 _STATED_SEVERAL = re.compile(
     r"(?i:(?:(?:so|thus|hence|therefore)[\s,]*)?(?:the\s+)?(?:correct\s+)?(?:answers?|options?|choices?)(?:\s+(?:is|are))?)"
@@ -351,7 +355,7 @@ def _same_choice(gold: str, answer: str) -> bool | None:
     if len(wanted) > 1:
         several = _STATED_SEVERAL.fullmatch(bare)
         return several is not None and _choice_letters(several["english"] or several["chinese"]) == wanted
-    stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare)
+    stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare) or _STATED_CORRECT.fullmatch(bare)
     return {stated[1].upper()} == wanted if stated else None
 
 
