@@ -54,7 +54,8 @@ _OPERATORS = (
     ("determinant", r"\\begin\{[vV]matrix\}"),
     (
         "derivative",
-        r"\\frac\s*\{\s*(?:d|\\partial)(?:[^{}]|\{[^{}]*\})*\}\s*\{\s*(?:d|\\partial)\s*\\?[a-zA-Z]|(?<![a-zA-Z])d\s*/\s*d[a-z]",
+        r"\\frac\s*(?:\{\s*(?:d|\\partial)(?:[^{}]|\{[^{}]*\})*\}|d|\\partial)\s*\{\s*(?:d|\\partial)\s*\\?[a-zA-Z]|"
+        r"(?<![a-zA-Z])d\s*/\s*d[a-z]",
     ),
     *(
         (name, rf"(?<!_)(?<!_\{{)(?:\\{name}(?![a-zA-Z])|\\text\{{\s*{name}\s*\}}|(?<![a-zA-Z\\{{]){name}\s*(?:\(|\\\{{))")
