@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rollout.errors import InputError
@@ -12,6 +13,7 @@ from rollout.prompts import PromptSource, read_prompts
 from rollout.reward.correctness import needs_judge
 from rollout.reward.judge.settings import JudgeSettings
 from rollout.reward.judge.verifier import check_endpoint
+from rollout.reward.rule import check_prompt
 from rollout.types import Prompt
 from trainer.config import PromptsFile, RunConfig
 from trainer.config_reward import JudgeConfig
@@ -42,14 +44,26 @@ def check_run(config: RunConfig) -> Inputs:
             sources[key] = PromptSource(read(file), seed=config.seed)
     inputs = Inputs(sources, {each.name: read(each)[: each.limit] for each in config.evaluation.sets})
     check_judge(config, inputs)
+    check_rule(config, inputs)
     return inputs
+
+
+def check_rule(config: RunConfig, inputs: Inputs) -> None:
+    """Raises InputError where a prompt for the rule is a puzzle that it cannot score."""
+    for place, prompts in _places(inputs):
+        for prompt in prompts:
+            if not needs_judge(prompt):
+                check_prompt(config.reward.rule, f"{place}: prompt {prompt.id}", prompt)
+
+
+def _places(inputs: Inputs) -> list[tuple[str, Sequence[Prompt]]]:
+    return [(key, source.prompts) for key, source in inputs.sources.items()] + list(inputs.evaluation.items())
 
 
 def check_judge(config: RunConfig, inputs: Inputs) -> None:
     """Raises InputError where prompts are for a judge and there is none, or where it gives no verdict on a small question."""
-    places = [(key, source.prompts) for key, source in inputs.sources.items()] + list(inputs.evaluation.items())
     asking = 0
-    for place, prompts in places:
+    for place, prompts in _places(inputs):
         for prompt in prompts:
             value = prompt.metadata.get("judge", False)
             if not isinstance(value, bool):

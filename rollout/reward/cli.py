@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rollout.cli import Parser
 from rollout.errors import InputError
 from rollout.reward import report
-from rollout.reward.correctness import Correctness
+from rollout.reward.correctness import Correctness, needs_judge
 from rollout.reward.judge.settings import JudgeSettings
 from rollout.reward.judge.verifier import JudgeVerifier, check_endpoint
 from rollout.reward.outputs import find_fields, read_outputs
 from rollout.reward.repetition import RepetitionLimits
-from rollout.reward.rule import RuleVerifier
+from rollout.reward.rule import RuleVerifier, check_prompt
 from rollout.reward.rules import RULES
 from rollout.reward.scores import score, verdict_file, write
 
@@ -72,7 +72,11 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--max-tokens: {given.max_tokens} is too few; give it 1 or more")
     if given.out is not None and given.out.resolve() == given.file.resolve():
         raise InputError(f"--out: {given.out} is the file that is read; name another")
-    total = sum(1 for _ in read_outputs(given.file, found))  # and every value is checked
+    total = 0
+    for output in read_outputs(given.file, found):  # and every value is checked
+        if not needs_judge(output.prompt):
+            check_prompt(given.rule, f"{given.file}: {output.prompt.id}", output.prompt)
+        total += 1
     tokenizer = _tokenizer(given.tokenizer)
     console = Console()
     if not given.quiet:

@@ -6,17 +6,22 @@ So, before a scorer sees it, an answer is wrong that calls a function but for th
 long, or has in a formula what belongs in none. What stands in the puzzle's own ground truth is no reason against an answer, but
 for the names in _NEVER. Names are compared as Python does, after NFKC: `ｅｘｐａｎｄ` is `expand`.
 
-And what two scorers forget to ask: whether an arithmetic puzzle was solved with its own numbers (`misuse`) and exactly (`exact`).
+And what some scorers forget to ask: whether what they read as a number is one (`refusal`), whether an arithmetic puzzle was
+solved with its own numbers (`misuse`), and whether the answer is the answer (`exact`).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
 from typing import Any
 
 LONGEST = 4096
 """Characters of an answer, and four times as many as the ground truth has on top."""
+
+UNSCORABLE = {"propositional_logic": "its scorer takes the premises given back, and it has no answer to hold one to"}
+"""Puzzle → why no verdict on it means anything."""
 
 _FUNCTIONS = frozenset(
     [
@@ -54,6 +59,15 @@ _ARITHMETIC = frozenset({"puzzle24", "countdown"})
 _NO_ARITHMETIC = re.compile(r"[^0-9\s+\-*/()]|\*\s*\*|/\s*/")
 """SymPy joins `* *` to a power."""
 
+_NO_NUMBER = re.compile(r"(?<![^\W\d_])(?:nan|inf|infinity)[ij]?(?![^\W_])", re.IGNORECASE)
+"""float() and complex() read these. The distance to nan is nan, and to complex_arithmetic exp(-nan) is a full score."""
+_WORDS_ASKED = frozenset({"word_ladder"})
+"""Nan is a word there."""
+_SPACES_DROPPED = frozenset({"complex_arithmetic"})
+"""Puzzles whose scorer reads `n an` as `nan`."""
+_ROUNDED = Fraction(1, 10**6)
+"""By how much of itself a probability of coin_flip, of which the ground truth has ten digits, may be missed."""
+
 _WORD = re.compile(r"(\w+)[\s\\]*(\(?)")
 _CALL_OF_VALUE = re.compile(r"[)\]}'\"][\s\\]*\(")
 _ATTRIBUTE = re.compile(r"\.[\s\\]*([^\W\d]\w*)")
@@ -77,6 +91,9 @@ def refusal(puzzle: str, answer: str, gold: str) -> str | None:
         return f"it calls {called[:40]!r}"
     if _CALL_OF_VALUE.search(answer) and not _CALL_OF_VALUE.search(gold):
         return "it calls a value"
+    read = answer.replace(" ", "") if puzzle in _SPACES_DROPPED else answer
+    if puzzle not in _WORDS_ASKED and (word := _NO_NUMBER.search(read)) and not _NO_NUMBER.search(gold):
+        return f"{word.group()!r} is no number"
     names = set(_ATTRIBUTE.findall(gold))
     if looked := next((name for name in _ATTRIBUTE.findall(_DECIMAL.sub("", answer)) if name not in names), None):
         return f"it looks up {looked[:40]!r}"
@@ -96,9 +113,22 @@ def misuse(puzzle: str, answer: str, metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def exact(puzzle: str, answer: str, metadata: dict[str, Any]) -> bool:
-    """Whether an answer to puzzle24 or countdown that the scorer finds right has the target as its value; True for every other
-    puzzle. The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth."""
+def exact(puzzle: str, answer: str, gold: str, metadata: dict[str, Any]) -> bool:
+    """Whether an answer that the scorer finds right is so: to puzzle24 or countdown, whether its value is the target; to
+    coin_flip, whether it is the ground truth but for the rounding of either; to game_of_life_halting, whether it is that word.
+    True for every other puzzle.
+
+    The scorer of puzzle24 cuts 24.5 down to 24, and that of countdown allows a hundred-thousandth. That of coin_flip allows a
+    ten-thousandth of small probabilities too, and gives `0` a full score as the beginning of 0.3125; that of game_of_life_halting
+    asks only whether both texts are empty."""
+    if puzzle == "game_of_life_halting":
+        return answer.strip().casefold() == gold.strip().casefold()
+    if puzzle == "coin_flip":
+        try:
+            value, wanted = (Fraction(text.replace(",", "")) for text in (answer, gold))
+        except (ValueError, ZeroDivisionError):
+            return False
+        return abs(value - wanted) <= _ROUNDED * abs(wanted)
     if puzzle not in _ARITHMETIC:
         return True
     from sympy.parsing.sympy_parser import parse_expr

@@ -39,6 +39,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from rollout.errors import InputError
 from rollout.reward import rule_worker
+from rollout.reward.puzzle_answers import UNSCORABLE
 from rollout.reward.rules import RULES
 from rollout.reward.spawn import MainlessSpawn
 from rollout.types import Prompt, Verdict
@@ -223,6 +224,15 @@ class RuleVerifier:
 
     def _job(self, prompt: Prompt, answer: str) -> rule_worker.Job:
         return prompt.answer, answer, _entry(prompt) if RULES[self._kind].by_entry else {}
+
+
+def check_prompt(kind: str, place: str, prompt: Prompt) -> None:
+    """Raises InputError where the prompt is a puzzle that the rule cannot score. place: of the prompt, for the message."""
+    puzzle = _entry(prompt)["metadata"].get("source_dataset") if RULES[kind].by_entry else None
+    if isinstance(puzzle, str) and puzzle in UNSCORABLE:
+        raise InputError(
+            f"{place}: metadata.source_dataset: {puzzle!r} cannot be scored ({UNSCORABLE[puzzle]}); leave such prompts out"
+        )
 
 
 def batch_time(answers: int, workers: int, timeout_seconds: float) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.reward.puzzle_answers import exact, misuse, refusal
+from rollout.reward.puzzle_answers import UNSCORABLE, exact, misuse, refusal
 
 Score = tuple[bool, str, str]
 """(right, reason, detail) of `rollout.types.Verdict`, as plain values that pickle small."""
@@ -56,13 +56,15 @@ def reasoning_gym(gold: str, answer: str, entry: dict[str, Any]) -> Score:
     from reasoning_gym import get_score_answer_fn
 
     puzzle = entry["metadata"]["source_dataset"]
+    if why := UNSCORABLE.get(puzzle):
+        return False, "error", f"{puzzle} cannot be scored: {why}"
     score_answer = get_score_answer_fn(puzzle)
     if why := refusal(puzzle, answer, gold) or misuse(puzzle, answer, entry["metadata"]):
         return False, "wrong", f"not scored: {why}"
     value = float(score_answer(answer=answer, entry=entry))
     right = value >= 1.0 - 1e-9
-    if right and not exact(puzzle, answer, entry["metadata"]):
-        return False, "wrong", "near the target, and not it"
+    if right and not exact(puzzle, answer, gold, entry["metadata"]):
+        return False, "wrong", "the scorer takes it, and it is not the answer"
     return right, "right" if right else "wrong", f"score {value:g}"
 
 

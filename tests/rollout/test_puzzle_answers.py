@@ -148,6 +148,62 @@ def test_nearly_the_target_is_wrong(puzzle, numbers, target, answer, right):
     assert score("", answer, entry)[:2] == (right, "right" if right else "wrong")
 
 
+GAME = "game_of_life_halting"
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "gold", "answer", "right"),
+    [
+        (GAME, "False", "False", True),
+        (GAME, "True", " true\n", True),
+        (GAME, "False", "True", False),
+        (GAME, "True", "False", False),
+        (GAME, "False", "0", False),
+        (GAME, "True", "x", False),
+        (GAME, "True", "True False", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "8+3i", True),
+        ("complex_arithmetic", "8.0 + 3.0i", "(8 + 3j)", True),
+        ("complex_arithmetic", "8.0 + 3.0i", "8+4i", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "nan", False),
+        ("complex_arithmetic", "8.0 + 3.0i", " -NaN ", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "n an", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "nanj", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "nan+nanj", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "8+nani", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "nan+3i", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "ｎａｎ", False),
+        ("complex_arithmetic", "8.0 + 3.0i", "1e999", False),
+        ("coin_flip", "0.3125", "0.3125", True),
+        ("coin_flip", "0.3125", " 5/16 ", True),
+        ("coin_flip", "0.3125", ".3125", True),
+        ("coin_flip", "0.3125", "3.125e-1", True),
+        ("coin_flip", "3.051757812e-05", "1/32768", True),
+        ("coin_flip", "3.051757812e-05", "0.000030517578125", True),
+        ("coin_flip", "0.1208953857", "3961.5/32768", False),
+        ("coin_flip", "0.3125", "0", False),
+        ("coin_flip", "0.3125", "0.", False),
+        ("coin_flip", "0.3125", "0/1", False),
+        ("coin_flip", "0.3125", "0.3", False),
+        ("coin_flip", "0.3125", "0.31251", False),
+        ("coin_flip", "0.3125", "1/0", False),
+        ("coin_flip", "3.051757812e-05", "0.00003", False),
+        ("coin_flip", "3.051757812e-05", "1e-4", False),
+        ("coin_flip", "3.051757812e-05", "0", False),
+    ],
+)
+def test_what_a_scorer_takes_beside_the_answer_is_wrong(puzzle, gold, answer, right):
+    """Of one that asks whether both texts are empty, one that takes what is no number for near, and one that rewards a prefix."""
+    entry = {"question": "?", "answer": gold, "metadata": {"source_dataset": puzzle, "result": (8.0, 3.0)}}
+    assert score(gold, answer, entry)[:2] == (right, "right" if right else "wrong")
+
+
+def test_no_number_is_a_word_where_words_are_asked_for():
+    assert refusal("word_ladder", "man,nan,nap", "man,map,nap") is None
+    assert refusal("letter_counting", "banana, info", "3") is None
+    assert refusal("complex_arithmetic", "inf", "inf") is None
+    assert "'Infinity' is no number" in refusal("number_format", "-Infinity", "3")
+
+
 @pytest.mark.parametrize("loop", ["a", "1", "a.", "a ", "f(", ". ", "\\", ")", "x_", "1.e"])
 def test_a_long_answer_takes_no_time(loop):
     """A gold that is long allows long answers; one pass over 60,000 characters takes milliseconds."""

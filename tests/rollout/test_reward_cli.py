@@ -242,6 +242,16 @@ def test_wrong_tokenizers_and_the_file_itself_as_out(tmp_path, tokenizer):
         cli.main([str(path), "--tokenizer", str(tmp_path)])
 
 
+def test_a_puzzle_that_cannot_be_scored_is_one_line(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(cli, "build_verifier", lambda _: Texts())
+    row = {**RIGHT, "id": "a", "metadata": {"source_dataset": "propositional_logic"}}
+    path = write(tmp_path / "outputs.jsonl", row)
+    arguments = [str(path), "--tokenizer", str(tokenizer), "--quiet"]
+    with pytest.raises(InputError, match=r"outputs.jsonl: a: .*'propositional_logic' cannot be scored"):
+        cli.main([*arguments, "--rule", "reasoning-gym"])
+    assert cli.main(arguments) == 0
+
+
 def test_a_verdict_file_stays_as_it_was_where_judging_fails(score, tmp_path, monkeypatch):
     score([RIGHT])
     before = (tmp_path / "verdicts.jsonl").read_bytes()

@@ -19,7 +19,7 @@ import pytest
 from rollout.errors import InputError
 from rollout.reward import confine, rule_worker, rules
 from rollout.reward.checker import Checker
-from rollout.reward.rule import RuleVerifier, _key
+from rollout.reward.rule import RuleVerifier, _key, check_prompt
 from rollout.reward.rules import RULES, Rule
 from rollout.types import Prompt
 
@@ -180,6 +180,22 @@ def test_reasoning_gym_scores_by_the_puzzle():
     assert "no_such_set" in verdicts[3].detail
 
 
+def test_a_puzzle_without_an_answer_is_refused_and_earns_nothing():
+    """propositional_logic has no ground truth, and its scorer takes the premises given back for a conclusion."""
+    premise = "(P ∧ (Q → R))"
+    metadata = {"source_dataset": "propositional_logic", "premises": [premise], "variables": ["P", "Q", "R"]}
+    for shape in (metadata, {"question": "?", "answer": None, "metadata": metadata}):
+        prompt = Prompt("p", "q", "?", metadata=shape)
+        with pytest.raises(InputError, match=r"^place: .*source_dataset: 'propositional_logic' .*; leave such prompts out$"):
+            check_prompt("reasoning-gym", "place", prompt)
+        check_prompt("math-verify", "place", prompt)
+    check_prompt("reasoning-gym", "place", Prompt("p", "q", "1", metadata={"source_dataset": "chain_sum"}))
+    check_prompt("reasoning-gym", "place", Prompt("p", "q", "1"))
+    right, reason, detail = RULES["reasoning-gym"].score("?", premise, {"question": "?", "answer": None, "metadata": metadata})
+    assert (right, reason) == (False, "error")
+    assert "cannot be scored" in detail
+
+
 def test_countdown_and_puzzle24_are_held_to_their_numbers():
     """reasoning-gym takes each of these for right."""
     make_24 = {"source_dataset": "puzzle24", "numbers": [9, 9, 2, 6]}
@@ -240,7 +256,7 @@ PARENT = """
     sys.path.insert(0, sys.argv[1])
     import threading
     import psutil
-    from rollout.reward.rule import RuleVerifier
+    from rollout.reward.rule import RuleVerifier, check_prompt
     from rollout.types import Prompt
 
     # No main guard on purpose: workers must not run this file again.

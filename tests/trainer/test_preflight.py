@@ -6,8 +6,10 @@ import json
 import pytest
 
 from rollout.errors import InputError
+from rollout.prompts import PromptSource
+from rollout.types import Prompt
 from trainer.config import RunConfig
-from trainer.preflight import check_engine
+from trainer.preflight import Inputs, check_engine, check_rule
 
 
 def config_of(folder, kind, context=96, engine=(), **model):
@@ -51,3 +53,17 @@ def test_heads_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
 def test_only_a_colocated_vllm_is_shared(tmp_path, kind):
     with pytest.raises(ValueError, match="tensor_parallel is for kind vllm"):
         config_of(tmp_path, kind, engine={"tensor_parallel": 2, "servers": ["http://127.0.0.1:1"]})
+
+
+def test_a_puzzle_that_the_rule_cannot_score_is_refused(tmp_path):
+    config = config_of(tmp_path, "transformers")
+    metadata = {"source_dataset": "propositional_logic"}
+    good, bad = Prompt("a", "?", "1", metadata={"source_dataset": "chain_sum"}), Prompt("b", "?", "1", metadata=metadata)
+    for_judge = Prompt("c", "?", "1", metadata={**metadata, "judge": True})
+    inputs = Inputs({"train.jsonl": PromptSource([good, bad, for_judge], seed=1)}, {})
+    check_rule(config, inputs)
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"rule": "reasoning-gym"})})
+    check_rule(config, Inputs({"train.jsonl": PromptSource([good, for_judge], seed=1)}, {"held out": [good]}))
+    for wrong, place in ((inputs, "train.jsonl"), (Inputs({}, {"held out": [bad]}), "held out")):
+        with pytest.raises(InputError, match=rf"^{place}: prompt b: .*'propositional_logic' cannot be scored"):
+            check_rule(config, wrong)

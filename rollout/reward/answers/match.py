@@ -27,15 +27,50 @@ _CHOICE_MARKUP = re.compile(r"\\text(?:bf|rm|it)?\{([^{}]*)\}|\\boxed\{|[$*]|\\[
 _OPTION = re.compile(r"(?<![A-Za-z])([A-H])(?![A-Za-z'])(?!(?<=A)\s+(?!is\b|are\b|and\b|but\b|to\b)[a-z])")
 """A bare letter; an A before a word is the article."""
 _STATED_FIRST = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
+    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is)?)|故?选|答案[是为]?|选项)?\s*[:：]?\s*\(?([A-H])\)?\s*[.:)：．]"
 )
 _STATED_LAST = re.compile(
-    r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选项?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
+    r"(?:.*\b(?:answer|option|choice)\s*(?:is)?|.*选(?:项[是为]?|择)?|.*答案[是为]?)\s*[:：]?\s*\(?([A-H])\)?[\s.。}]*",
     re.IGNORECASE | re.DOTALL,
 )
+_STATED_CORRECT = re.compile(
+    r"(?i:(?:the\s+)?(?:answer|option|choice)\s+)?\(?([A-H])\)?(?:\s*(?:选?项|是)?\s*正确的?|"
+    r"\s+is\s+(?:the\s+)?(?:correct|right)(?:\s+(?:answer|option|choice|one))?)[\s.。]*"
+)
+_STATED_SEVERAL = re.compile(
+    r"(?i:(?:(?:so|thus|hence|therefore)[\s,]*)?(?:the\s+)?(?:correct\s+)?(?:answers?|options?|choices?)(?:\s+(?:is|are))?)"
+    r"\s*[:：]?\s*(?P<english>\(?[A-H].*)|"
+    r"(?:故|所以|因此)?[,，]?\s*(?:应?选|(?:正确的?)?答案应?[是为]?)\s*[:：]?\s*(?P<chinese>\(?[A-H].*)"
+)
 _SHARES = {"%": 100, "permil": 1000}
-_CALCULATES = re.compile(r"\\(?:sum|prod|i*int|[bp]?mod)(?![a-zA-Z])")
-"""An operation that is still to be done."""
+_OPERATORS = (
+    ("sum", r"\\sum(?![a-zA-Z])|∑"),
+    ("product", r"\\prod(?![a-zA-Z])|∏"),
+    ("integral", r"\\(?:i*int|oint)(?![a-zA-Z])|∫"),
+    ("remainder", r"\\[bp]?mod(?![a-zA-Z])"),
+    ("limit", r"\\lim(?:sup|inf)?(?![a-zA-Z])"),
+    ("floor", r"\\[lr]floor(?![a-zA-Z])|[⌊⌋]"),
+    ("ceiling", r"\\[lr]ceil(?![a-zA-Z])|[⌈⌉]"),
+    ("determinant", r"\\begin\{[vV]matrix\}"),
+    (
+        "derivative",
+        r"\\frac\s*(?:\{\s*(?:d|\\partial)(?:[^{}]|\{[^{}]*\})*\}|d|\\partial)\s*\{\s*(?:d|\\partial)\s*\\?[a-zA-Z]|"
+        r"(?<![a-zA-Z])d\s*/\s*d[a-z]",
+    ),
+    *(
+        (name, rf"(?<!_)(?<!_\{{)(?:\\{name}(?![a-zA-Z])|\\text\{{\s*{name}\s*\}}|(?<![a-zA-Z\\{{]){name}\s*(?:\(|\\\{{))")
+        for name in ("gcd", "lcm", "max", "min", "sup", "inf", "det", "floor", "ceil", "norm", "rank", "trace")
+    ),
+)
+_CALCULATES = tuple((name, re.compile(pattern)) for name, pattern in _OPERATORS)
+"""Operations that are still to be done; x_{\\max} is a name."""
+_GREEK = (
+    "(?:var)?(?:alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|"
+    "[oO]mega)"
+)
+_NO_VARIABLE = re.compile(rf"\\text\{{[^{{}}]*\}}|\\(?:begin|end)\{{\w+\}}|\\(?!(?:{_GREEK})(?![a-zA-Z]))[a-zA-Z]+")
+_VARIABLE = re.compile("[a-df-hj-zA-Z]")
+"""e and i are numbers."""
 _APART = re.compile(r"(?<!\\frac\s)(?<!\\binom\s)(?<![\d_])\d+\.?\s+\d+(?!\d*\s*/)")
 """10 24: two numbers, which the library joins."""
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|sinh|cosh|log|ln|lg|exp|sqrt)")
@@ -71,7 +106,24 @@ def _is_relation(text: str) -> bool:
 
 def _rearranged(gold: Node, answer: Node, equal: Equal) -> bool:
     """Equations that are solved for different things."""
+    if isinstance(gold, Value) and isinstance(answer, Value) and _is_solved(gold) and not _is_solved(answer):
+        return False
     return "=" in gold.whole and "=" in answer.whole and equal(gold.whole, answer.whole)
+
+
+def _is_solved(value: Value) -> bool:
+    """A name and what it is, without a variable: x = 3, and no y = 2x."""
+    return bool(value.name) and not value.product and not _has_variable(value.text)
+
+
+def _has_variable(text: str) -> bool:
+    return _VARIABLE.search(_NO_VARIABLE.sub(" ", text)) is not None
+
+
+def _turned_round(gold: Value, answer: Value) -> bool:
+    r"""60^\circ = \angle A: what gold names stands alone on the right."""
+    sides = split(answer.text, "=")
+    return re.sub(r"[\s{}]|\\text", "", sides[-1]) == gold.name and not any(map(_has_variable, sides[:-1]))
 
 
 def _same_group(gold: Group, answer: Group, equal: Equal) -> bool:
@@ -140,6 +192,8 @@ def _in_any_order(gold: Group, answer: Group, equal: Equal) -> bool:
 def _same_value(gold: Value, answer: Value, equal: Equal) -> bool:
     if not gold.name and not answer.name and "=" in gold.text and "=" in answer.text:
         return gold.text == answer.text or equal(gold.text, answer.text)
+    if _is_solved(gold) and not answer.name and "=" in answer.text and not _turned_round(gold, answer):
+        return False  # an equation that is still to be solved, as the question's
     if (gold.name and not answer.name and "=" in answer.text) or (answer.name and not gold.name and "=" in gold.text):
         return equal(gold.whole, answer.whole)
     if gold.unit == answer.unit == "" and (sides := _equated(gold, answer)) is not None:
@@ -179,8 +233,6 @@ def _percent(gold: Value, answer: Value, equal: Equal) -> bool:
 def _same_text(gold: Value, answer: Value, equal: Equal) -> bool:
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
-    if gold.number is not None and not gold.number.base and _CALCULATES.search(answer.text):
-        return False
     if _APART.search(gold.text) or _APART.search(answer.text):
         return gold.text == answer.text
     if _squeeze(gold.text) == _squeeze(answer.text):
@@ -273,13 +325,21 @@ def match(gold: str, answer: str, equal: Equal) -> bool | None:
     """Do the texts say the same? None where one of them cannot be read: prose around several formulas."""
     if (choice := _same_choice(gold, answer)) is not None:
         return choice
+
+    def equal_and_worked_out(wanted: str, given: str) -> bool:
+        return _to_be_done(given) <= _to_be_done(wanted) and equal(wanted, given)
+
     for alternative in re.split(r"\\?#\s*\\?#", gold):
         gold_nodes, answer_nodes = read(alternative), read(answer)
         if not gold_nodes or not answer_nodes:
             return None
-        if any(same(left, right, equal) for left in gold_nodes for right in answer_nodes):
+        if any(same(left, right, equal_and_worked_out) for left in gold_nodes for right in answer_nodes):
             return True
     return False
+
+
+def _to_be_done(formula: str) -> set[str]:
+    return {name for name, pattern in _CALCULATES if pattern.search(formula)}
 
 
 def _same_choice(gold: str, answer: str) -> bool | None:
@@ -293,14 +353,17 @@ def _same_choice(gold: str, answer: str) -> bool | None:
     bare = _CHOICE_MARKUP.sub(r"\1", answer).strip()
     if DENIES.search(bare) or HEDGES.search(bare) or set(_OPTION.findall(bare)) - wanted:
         return False
-    stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare)
+    if len(wanted) > 1:
+        several = _STATED_SEVERAL.fullmatch(bare)
+        return several is not None and _choice_letters(several["english"] or several["chinese"]) == wanted
+    stated = _STATED_FIRST.match(bare) or _STATED_LAST.fullmatch(bare) or _STATED_CORRECT.fullmatch(bare)
     return {stated[1].upper()} == wanted if stated else None
 
 
 def _choice_letters(text: str) -> set[str]:
     bare = re.sub(r"\\(?:text|math)(?:bf|rm|it|sf)?(?![a-z])|\\boxed|\\[()\[\]]|[${}*\s]", "", text)
-    if not re.fullmatch(r"\(?[A-H]\)?(?:(?:[,、和与]|and)?\(?[A-H]\)?)*[.。]?", bare) or "or" in bare:
+    if not re.fullmatch(r"\(?[A-H]\)?(?:(?:[,，、和与]|,?and)?\(?[A-H]\)?)*[.。]?", bare):
         return set()
     letters = re.findall("[A-H]", bare)
-    single, apart, sorted_up = len(letters) == 1, re.search("[,、和]", bare), letters == sorted(set(letters))
+    single, apart, sorted_up = len(letters) == 1, re.search("[,，、和与]|and", bare), letters == sorted(set(letters))
     return set(letters) if len(set(letters)) == len(letters) and (single or apart or sorted_up) else set()

@@ -26,8 +26,8 @@ from rollout.reward.answers.units import UNITS, split_unit
 @dataclass(frozen=True, slots=True)
 class Value:
     """One formula. text: cleaned LaTeX without name and unit. unit: "" where none is given, or a word that is no unit (apples).
-    product: the unit may as well be a variable (`5m`, `5 m`). spaced: a space sets it apart. whole: the text before anything was
-    taken off."""
+    product: the unit may as well be a variable (`5m`, `5 m`). spaced: a space or parentheses set it apart. whole: the text
+    before anything was taken off."""
 
     text: str
     unit: str = ""
@@ -100,7 +100,7 @@ def read(text: str) -> tuple[Node, ...]:
     inner = text_form.unwrap(re.sub(r"\*\*(?=\S)|(?<=\S)\*\*|`", "", text))
     if inner is None:
         return ()
-    formula = text_form.clean(inner).strip().rstrip(".").strip()
+    formula = text_form.clean(text_form.without_font(inner.strip())).strip().rstrip(".").strip()
     formula = re.sub(r"^\$(?=[^\d.])|(?<![\d}])\$$", "", formula).strip()
     if not formula:
         return ()
@@ -379,5 +379,5 @@ def _value(text: str) -> Value:
         noun = counted["noun"]
         if is_noun(noun) and (_WORD.search(noun) or re.search(r"[\u4e00-\u9fff]", noun)) and number(counted["value"]) is not None:
             value = counted["value"].strip()
-    spaced = re.search(r"\s[a-zA-Z]$", body) is not None
+    spaced = re.search(r"\s[a-zA-Z]$|\([a-zA-Z]\)$", body) is not None
     return Value(value, unit, _short(name), text, bool(unit) and not surely, number(value), spaced)

@@ -127,6 +127,7 @@ _DELIMITERS = re.compile(
     r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|(?<!\\)\\\((.+?)(?<!\\)\\\)|(?<!\\)\\\[(?!\d*(?:pt|em|ex|mm)\])(.+?)(?<!\\)\\\]",
     re.DOTALL,
 )
+_VALUE = re.compile(r"[-+−–$(\\.\d]")
 _BOX = re.compile(r"\\[f]?boxed\s*\{|\\fbox\s*\{")
 _JOINT = re.compile(
     r"\s*(?:[,;，；、/]|\\text\{\s*(?:and|or)\s*\}|and|or|或者?|和|与|及|(?:\\quad|\\,|\\;|\\ )+)?\s*", re.IGNORECASE
@@ -216,16 +217,37 @@ def _tail(after: str) -> str:
     return f" {rest}" if rest and is_unit(clean(rest)) else ""
 
 
+def without_font(text: str) -> str:
+    r"""72 of \mathbf{72}: what a font is set around, where that is the whole text and a value. Words keep theirs: \text{cat} is
+    no product."""
+    for _ in range(3):
+        font = _TEXT.match(text)
+        if font is None or _closes(text, font.end()) != len(text):
+            return text
+        inner = text[font.end() : -1].strip()
+        if _TEXT.match(inner) is None and not (re.search(r"\d", inner) and (_VALUE.match(inner) or "=" in inner)):
+            return text
+        text = inner
+    return text
+
+
+def _closes(text: str, start: int) -> int:
+    """The place behind the brace that closes the one before start; -1 where none does."""
+    depth = 1
+    for place in range(start, len(text)):
+        if text[place] in "{}" and text[place - 1] != "\\":
+            depth += 1 if text[place] == "{" else -1
+            if depth == 0:
+                return place + 1
+    return -1
+
+
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of each outermost \boxed{} whose braces match."""
     found, position = [], 0
     while match := _BOX.search(text, position):
-        depth = 1
-        for place in range(match.end(), len(text)):
-            if text[place] in "{}" and text[place - 1] != "\\":
-                depth += 1 if text[place] == "{" else -1
-                if depth == 0:
-                    found.append((match.start(), place + 1, text[match.end() : place].strip()))
-                    break
-        position = found[-1][1] if found and found[-1][0] == match.start() else match.end()
+        position = match.end()
+        if (end := _closes(text, position)) != -1:
+            found.append((match.start(), end, text[position : end - 1].strip()))
+            position = end
     return found

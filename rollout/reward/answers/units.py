@@ -50,6 +50,7 @@ _IN_TEXT = re.compile(r"\s*\\text\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d\s*\}?)?\s*$")
 _TEXT_COMPOUND = re.compile(r"\\text\{[^{}]*\}\s*(?:\^\s*\{?-?\d\}?)?\s*(?:/|\\cdot)")
 _AT_END = re.compile(rf"(?<![A-Za-z\\_^])\s*({_COMPOUND})\s*$")
 _WHOLE = re.compile(rf"\s*({_COMPOUND})\s*")
+_IN_PARENTHESES = re.compile(rf"(?P<value>.*[\d}})])\s*\(\s*(?P<unit>{_COMPOUND})\s*\)\s*")
 _FACTORS = re.compile(r"[A-Za-z](?:\s+[A-Za-z](?:\^\{?\d\}?)?)+")
 """m g h: variables, unless a power is negative (m s^{-1})."""
 _TOKEN = re.compile(rf"({_SQUARE})({_ONE})(?![A-Za-z])(?:\^\{{?(-?\d)\}}?)?|(/|per|每)")
@@ -81,6 +82,8 @@ def split_unit(text: str) -> tuple[str, str, bool]:
         value, unit = text[: found.start()].strip(), _canonical(whole[1]) if whole else ""
         inner, inner_unit, _ = split_unit(value) if re.search(r"%\s*$|\\text\{[^{}]*\}\S{0,5}$", value) else (value, "", True)
         return inner, inner_unit or unit, True
+    if (found := _IN_PARENTHESES.fullmatch(text)) and _NUMERIC.fullmatch(found["value"]):
+        return found["value"].strip(), _canonical(found["unit"]), found["unit"] not in _LETTERS
     found = _AT_END.search(text)
     if found is None or not (value := text[: found.start(1)]).strip() or not _NUMERIC.fullmatch(value):
         return text, "", True
