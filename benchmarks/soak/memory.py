@@ -1,17 +1,17 @@
 """What each process of a long run holds, step by step: memory, threads, open files; and whether any of it grows.
 
-Each second every process is looked at; a step's figure is the median over the time until the next step was finished. A window's
-figure is its least step: what is used and not given back raises that too, while what a step needs for itself (an evaluation, a
-long batch, a thread that writes a checkpoint) and what glibc keeps of it until the next checkpoint do not. Growth is the figure
-of the last WINDOW steps against that of the WINDOW steps after SETTLED. The medians of the same windows are told beside: they
-follow what the steps do.
+Each process is looked at ten times a second; a step has the median and the least of the time until the next one was finished.
+Growth is the least of the last WINDOW steps against the least of the WINDOW steps after SETTLED: a checkpoint gives freed memory
+back, and what is used and not given back raises what is left then, while what a step needs for itself (an evaluation, a long
+batch, a thread that writes a checkpoint) and what glibc keeps of it do not. The medians of the same windows are told beside: they
+follow what the steps do, of which the longest output and the rounds of sampling stand in the record too.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks.soak.place import Place, steps_of
+from benchmarks.soak.place import Place, rows_of, steps_of
 from benchmarks.soak.processes import (
     Footprint,
+    Process,
     files_of_shared_memory,
     footprint,
     new_mark,
@@ -30,6 +31,7 @@ from benchmarks.soak.processes import (
     wait_until_gone,
 )
 from rollout.errors import InputError
+from trainer.metrics import number
 
 SETTLED = 50
 """Steps after which memory shall not grow."""
@@ -37,6 +39,9 @@ WINDOW = 25
 MAX_GROWTH = 0.02
 EARLY, LATE = 20, 200
 """Counts of threads, files, processes and shared memory after so many steps, and at the end, shall be equal."""
+LIST_SECONDS = 1.0
+"""Between two looks at which processes there are: that takes longer."""
+WORK = ("length/max", "sampling/rounds")
 AROUND = 5
 """Steps on each side: the window of a count after a step."""
 
@@ -46,11 +51,15 @@ class Series:
     """Over the steps 1, 2, …: one list a process's name (`benchmarks.soak.processes.Process.name`)."""
 
     mib: dict[str, list[float]] = field(default_factory=dict)
+    least: dict[str, list[float]] = field(default_factory=dict)
+    """MiB."""
     threads: dict[str, list[int]] = field(default_factory=dict)
     files: dict[str, list[int]] = field(default_factory=dict)
     processes: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
     """Files in /dev/shm that the run's processes have mapped or open."""
+    work: dict[str, list[float]] = field(default_factory=dict)
+    """What the steps did, by the metric's name."""
     left: list[str] = field(default_factory=list)
     """Processes after the run's end, and files in /dev/shm that came with it and belong to nobody."""
 
@@ -65,15 +74,15 @@ class Series:
 
     def growth(self) -> dict[str, float]:
         """Process → its memory's growth after SETTLED steps, as a share. Those of the whole run alone."""
-        return self._grown(min)
+        return self._grown(self.least, min)
 
     def median_growth(self) -> dict[str, float]:
         """The same of what it holds in the middle of its steps: no promise, as it grows with what the steps do."""
-        return self._grown(median)
+        return self._grown(self.mib, median)
 
-    def _grown(self, figure: Callable[[list[float]], float]) -> dict[str, float]:
+    def _grown(self, series: dict[str, list[float]], figure: Callable[[list[float]], float]) -> dict[str, float]:
         grown = {}
-        for name, values in self.mib.items():
+        for name, values in series.items():
             if len(values) == self.steps >= SETTLED + 2 * WINDOW:
                 grown[name] = figure(values[-WINDOW:]) / figure(values[SETTLED : SETTLED + WINDOW]) - 1
         return grown
@@ -104,22 +113,29 @@ class Series:
         return asdict(self) | growth | {"counts": self.counts(), "faults": self.faults()}
 
 
-def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], None], seconds: float = 1.0) -> Series:
+def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], None], seconds: float = 0.1) -> Series:
     """A whole run, looked at every so many seconds. Raises InputError where it fails."""
     mark, before, series = new_mark(), files_of_shared_memory(), Series()
     process = place.start(run, mark, *more)
     step, seen = 0, Seen()
+    living: list[Process] = []
+    listed = 0.0
     while process.poll() is None:
+        if time.monotonic() - listed > LIST_SECONDS:
+            living, listed = [each for each in processes_of(mark) if each.kind != "helper"], time.monotonic()
+            seen.count(living)
         finished = steps_of(run)
         if finished > step:
             seen.close(series, finished - step)
-            step, seen = finished, Seen()
+            step, seen, listed = finished, Seen(), 0.0
             if step % 10 == 0:
                 note(f"step {step}")
-        seen.look(mark)
+        seen.look(living)
         time.sleep(seconds)
     if process.returncode:
         raise InputError(f"{run.with_suffix('.log')}: the run ended with exit code {process.returncode}; read its end")
+    rows = [row for row in rows_of(run) if row["kind"] == "train"][: series.steps]
+    series.work = {name: [number(row, name) or 0.0 for row in rows] for name in WORK}
     series.left = [each.name for each in wait_until_gone(mark, 30.0)]
     series.left += sorted(files_of_shared_memory() - before - shared_memory(psutil.pids()))
     return series
@@ -133,8 +149,11 @@ class Seen:
         self._processes: list[int] = []
         self._shared: list[int] = []
 
-    def look(self, mark: str) -> None:
-        living = [each for each in processes_of(mark) if each.kind != "helper"]
+    def count(self, living: Sequence[Process]) -> None:
+        self._processes.append(len(living))
+        self._shared.append(len(shared_memory(each.pid for each in living)))
+
+    def look(self, living: Sequence[Process]) -> None:
         names: dict[str, int] = defaultdict(int)
         for each in living:
             held = footprint(each.pid)
@@ -142,8 +161,6 @@ class Seen:
                 names[each.name] += 1
                 suffix = f" ({names[each.name]})" if names[each.name] > 1 else ""
                 self._held[each.name + suffix].append(held)
-        self._processes.append(len(living))
-        self._shared.append(len(shared_memory(each.pid for each in living)))
 
     def close(self, series: Series, steps: int) -> None:
         """Adds this to the series, for each of the steps that were finished at once."""
@@ -151,6 +168,7 @@ class Seen:
             for name, looks in self._held.items():
                 for values, value in (
                     (series.mib, median(each.bytes for each in looks) / 2**20),
+                    (series.least, min(each.bytes for each in looks) / 2**20),
                     (series.threads, median(each.threads for each in looks)),
                     (series.files, median(each.files for each in looks)),
                 ):

@@ -21,19 +21,20 @@ def draw(file: Path) -> Path:
     whole = len(record["processes"])
     names = [name for name, values in record["mib"].items() if len(values) == whole]
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=(10, 6), dpi=DPI, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10, 8), dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        memory, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        memory, counts, work = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.3))
         steps = range(1, whole + 1)
         for name, colour in zip(names, COLOURS * len(names), strict=False):
             growth = record["growth"].get(name)
             label = name if growth is None else f"{name} ({growth:+.1%})"
             memory.plot(steps, record["mib"][name], color=colour, linewidth=1.2, label=label)
+            memory.plot(steps, record["least"][name], color=colour, linewidth=0.6, linestyle=":")
         memory.axvline(SETTLED, color=GREY, linewidth=0.8, linestyle=":")
         memory.set_ylim(bottom=0)
-        memory.set_ylabel("MiB (private pages)")
+        memory.set_ylabel("MiB (resident)")
         memory.set_title(
-            f"Memory of each process (growth after step {SETTLED} of what is left when a checkpoint gives freed memory back)",
+            f"Memory of each process: median and (dotted) least of each step; growth after step {SETTLED}: of the least",
             loc="left",
         )
         figure.legend(*memory.get_legend_handles_labels(), ncols=len(names), loc="outside upper center")
@@ -43,7 +44,11 @@ def draw(file: Path) -> Path:
         counts.plot(steps, record["processes"], color=GREEN, linewidth=1.2, label="processes")
         counts.plot(steps, record["shared"], color=PURPLE, linewidth=1.2, label="files in shared memory")
         counts.set_ylim(bottom=0)
-        counts.set_xlabel("step")
+        work.plot(steps, record["work"]["length/max"], color=ORANGE, linewidth=1.0)
+        work.set_ylim(bottom=0)
+        work.set_ylabel("tokens")
+        work.set_title("The longest output of each step, to which the whole batch's memory is padded", loc="left")
+        work.set_xlabel("step")
         counts.set_title("Open, all processes together", loc="left")
         counts.legend(ncols=4, loc="center right", bbox_to_anchor=(1, 0.72))
         machine = record["machine"]

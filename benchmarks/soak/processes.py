@@ -80,7 +80,7 @@ def wait_until_gone(mark: str, seconds: float) -> list[Process]:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a process holds. Bytes: of its private pages (USS); its share of the others hangs on what else runs on the machine."""
+    """What a process holds. Bytes: resident (RSS), which hangs on nothing else that runs."""
 
     bytes: int
     threads: int
@@ -91,7 +91,7 @@ def footprint(pid: int) -> Footprint | None:
     """None where it ended in between."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        return Footprint(process.memory_full_info().uss, process.num_threads(), process.num_fds())
+        return Footprint(process.memory_info().rss, process.num_threads(), process.num_fds())
     return None
 
 

@@ -25,10 +25,12 @@ def series(steps=210, **changes):
         threads={"rank 0": [12] * steps, "verifier 0": [3] * steps},
         files={"rank 0": [30] * steps, "verifier 0": [9] * steps},
         processes=[4] * steps,
+        work={"length/max": [24.0] * steps, "sampling/rounds": [1.0] * steps},
         shared=[2] * steps,
     )
     for name, value in changes.items():
         setattr(made, name, value)
+    made.least = changes.get("least", made.mib)
     return made
 
 
