@@ -150,7 +150,7 @@ def test_a_stop_where_a_checkpoint_is_written_anyway_writes_no_other(tiny, tmp_p
     stopped_at("checkpoint", run, signal.SIGTERM)
     written = []
     plain = Checkpoints._save
-    note = lambda self, actor, state, wait: (written.append(state.step), plain(self, actor, state, wait))  # noqa: E731
+    note = lambda self, actor, state, *more: (written.append(state.step), plain(self, actor, state, *more))  # noqa: E731
     with patch.object(Checkpoints, "_save", note):
         train(write_config(tiny, run, ("every: 1, keep: 20", "every: 4, keep: 20")))
     assert written == [AT + 1]
