@@ -11,6 +11,8 @@ from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)  # not looked for in a process that was just forked
 _PR_SET_PDEATHSIG = 1
+_M_ARENA_MAX = -8  # malloc.h
+ARENAS = 2
 
 STATES = {
     "R": "running",
@@ -32,6 +34,13 @@ def die_with(parent: int) -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it died before the kernel knew
         os._exit(1)
+
+
+def few_arenas() -> None:
+    """From here on glibc keeps memory in at most ARENAS heaps, and not in eight a core: a thread that comes and goes, as the one
+    that writes a checkpoint, leaves a little in another one each time. Nothing without glibc. To be called before threads are."""
+    with contextlib.suppress(AttributeError):
+        _LIBC.mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def state(pid: int) -> str | None:

@@ -9,6 +9,7 @@ import argparse
 import os
 from contextlib import closing
 
+from rollout.process import few_arenas
 from trainer import launch
 from trainer.beats import BeatingConsole
 from trainer.config import RunConfig
@@ -48,6 +49,7 @@ def run_rank(config: RunConfig, options: argparse.Namespace | None = None) -> in
     options: of a launch whose memory has not been checked yet.
     """
     launch.refuse_restart(config.run)
+    few_arenas()
     watch = Watch(
         config.run,
         launch.rank(),

@@ -61,7 +61,7 @@ class Series:
     work: dict[str, list[float]] = field(default_factory=dict)
     """What the steps did, by the metric's name."""
     left: list[str] = field(default_factory=list)
-    """Processes after the run's end, and files in /dev/shm that came with it and belong to nobody."""
+    """Processes after the run's end, and files in /dev/shm that they had and that belong to nobody now."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Series:
@@ -115,7 +115,9 @@ class Series:
 
 def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], None], seconds: float = 0.1) -> Series:
     """A whole run, looked at every so many seconds. Raises InputError where it fails."""
-    mark, before, series = new_mark(), files_of_shared_memory(), Series()
+    mark, series = new_mark(), Series()
+    names: set[str] = set()
+    """Of the files in shared memory that its processes have had."""
     process = place.start(run, mark, *more)
     step, seen = 0, Seen()
     living: list[Process] = []
@@ -123,7 +125,7 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
     while process.poll() is None:
         if time.monotonic() - listed > LIST_SECONDS:
             living, listed = [each for each in processes_of(mark) if each.kind != "helper"], time.monotonic()
-            seen.count(living)
+            names |= seen.count(living)
         finished = steps_of(run)
         if finished > step:
             seen.close(series, finished - step)
@@ -137,7 +139,7 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
     rows = [row for row in rows_of(run) if row["kind"] == "train"][: series.steps]
     series.work = {name: [number(row, name) or 0.0 for row in rows] for name in WORK}
     series.left = [each.name for each in wait_until_gone(mark, 30.0)]
-    series.left += sorted(files_of_shared_memory() - before - shared_memory(psutil.pids()))
+    series.left += sorted((names & files_of_shared_memory()) - shared_memory(psutil.pids()))
     return series
 
 
@@ -149,9 +151,12 @@ class Seen:
         self._processes: list[int] = []
         self._shared: list[int] = []
 
-    def count(self, living: Sequence[Process]) -> None:
+    def count(self, living: Sequence[Process]) -> set[str]:
+        """The names of their files in shared memory."""
+        names = shared_memory(each.pid for each in living)
         self._processes.append(len(living))
-        self._shared.append(len(shared_memory(each.pid for each in living)))
+        self._shared.append(len(names))
+        return names
 
     def look(self, living: Sequence[Process]) -> None:
         names: dict[str, int] = defaultdict(int)
