@@ -25,14 +25,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     """
     try:
         code = main(sys.argv[1:])
-    except (InputError, EngineError, RunStopped) as error:
-        print("keju: error:", line_of(error), file=sys.stderr)
-        code = code_of(error)
-    except OSError as error:
-        if not refused(error):
+    except (InputError, EngineError, RunStopped, OSError) as error:
+        if isinstance(error, OSError) and not refused(error):
             raise
         print("keju: error:", line_of(error), file=sys.stderr)
-        code = EXIT_INPUT
+        code = code_of(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)

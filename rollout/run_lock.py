@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rollout import process
+from rollout.cli import EXIT_STOPPED
 from rollout.errors import InputError
 
 LOCK_FILE = "run.lock"
-EXIT_LOST = 3
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """An owner that has not touched its lock for so long is frozen, or dead on another host."""
@@ -96,7 +96,7 @@ class RunLock:
                 how = "while this process was frozen, or its lock removed"
                 line = f"{self._path.parent}: taken over by {named(successor)} {how}: it ends here"
                 print(f"keju: error: {line}", file=sys.stderr, flush=True)
-                os._exit(EXIT_LOST)
+                os._exit(EXIT_STOPPED)
             with contextlib.suppress(OSError, ValueError):  # closed in this moment, or a file system that is away
                 os.utime(self._file.fileno())
 

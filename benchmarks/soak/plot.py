@@ -47,7 +47,7 @@ def draw(file: Path) -> Path:
         work.plot(steps, record["work"]["length/max"], color=ORANGE, linewidth=1.0)
         work.set_ylim(bottom=0)
         work.set_ylabel("tokens")
-        work.set_title("The longest output of each step, to which the whole batch's memory is padded", loc="left")
+        work.set_title("The longest output of each step", loc="left")
         work.set_xlabel("step")
         counts.set_title("Open, all processes together", loc="left")
         counts.legend(ncols=4, loc="center right", bbox_to_anchor=(1, 0.72))

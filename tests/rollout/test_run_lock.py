@@ -151,15 +151,9 @@ def test_a_release_leaves_the_successors_lock_alone(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mounted("64k")
 
 
 def fill(folder):
@@ -173,7 +167,7 @@ def test_a_disk_that_takes_no_lock_is_one_line_and_one_that_is_full_at_the_end_n
     lock._file.truncate(0)  # so that its page is free, and taken by what comes
     fill(small_disk)
     lock.release()
-    with pytest.raises(InputError, match=r"small: run: cannot be written \(No space left on device\); free space there"):
+    with pytest.raises(InputError, match=r"small-0: run: cannot be written \(No space left on device\); free space there"):
         RunLock(small_disk)
     (small_disk / "filler").unlink()
     RunLock(small_disk).release()

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -223,15 +222,9 @@ def test_what_safetensors_meets_on_a_full_disk_is_an_os_error(small_disk, tmp_pa
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A file system of 2 MB; a checkpoint takes 0.3."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mounted("2m")
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
