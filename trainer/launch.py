@@ -87,7 +87,7 @@ def launch_name() -> str:
 def first_start(run: Path) -> bool:
     """Whether no rank has said anything yet in this launch. torchrun's own count stays where it starts anew because another
     host came or went."""
-    return not any(True for _ in _records(run))
+    return next(_records(run), None) is None
 
 
 def _records(run: Path) -> Iterator[Health]:
@@ -105,13 +105,13 @@ def refuse_restart(run: Path) -> None:
     says so, the last time that torchrun tries, and else SystemExit."""
     for health in _records(run):
         if health.of_its_own:
-            if last_start() and os.environ.get("LOCAL_RANK", "0") != "0":
+            if last_start() and os.environ.get("LOCAL_RANK", "0") == "0":
+                raise RunStopped(
+                    f"{run}: not started again, as it stopped of its own: {health.why}; mend that and give the command yourself"
+                )
+            if last_start():
                 time.sleep(SAY_SECONDS)  # whoever ends first has torchrun end the others
-            if not last_start() or os.environ.get("LOCAL_RANK", "0") != "0":
-                raise SystemExit(health.code)
-            raise RunStopped(
-                f"{run}: not started again, as it stopped of its own: {health.why}; mend that and give the command yourself"
-            )
+            raise SystemExit(health.code)
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
