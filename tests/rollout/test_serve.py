@@ -310,14 +310,15 @@ def test_real_an_abort_stops_the_server(real, engine):
     model = policy(1)
     engine.load(4, ModelSource(model))
     before = counted(url, "vllm:request_success_total")
-    generation = engine.submit([Request(prompts()[0], seed) for seed in range(24)], Decoding(500, temperature=0.3))
+    many = 512  # eight times what it runs at once: some wait still, however late the abort
+    generation = engine.submit([Request(prompts()[0], seed) for seed in range(many)], Decoding(500, temperature=0.3))
     deadline = time.monotonic() + 60
-    while counted(url, "vllm:num_requests_running") < 24:
+    while not counted(url, "vllm:num_requests_running"):
         assert time.monotonic() < deadline
     generation.abort()
-    while counted(url, "vllm:num_requests_running"):
+    while counted(url, "vllm:num_requests_running") or counted(url, "vllm:num_requests_waiting"):
         assert time.monotonic() < deadline
-    assert counted(url, "vllm:request_success_total") - before < 24, "it ran to the end all the same"
+    assert counted(url, "vllm:request_success_total") - before < many, "it ran to the end all the same"
     agreed, total = greedy_agreement(model, prompts(), greedy(engine))
     assert agreed == total
 
