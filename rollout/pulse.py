@@ -28,6 +28,8 @@ class Pulse:
     """So many units of the phase are finished."""
     waits: str = ""
     """The collective it is in."""
+    held: int = 0
+    """Bytes of host memory that the rank held when it last gave back what it did not use; 0 before."""
 
     def beat(self) -> None:
         self.sequence += 1

@@ -29,8 +29,8 @@ class Health:
     """What a rank says of itself once a second. born: `rollout.process.birth`; waits: the collective or the deadline that it is
     in; silent: seconds since its last beat, when it said so; said: then, on time.monotonic() of its host; launches: what
     started it and the ranks that it has met (`trainer.launch.launch_name`); space: where its pid means it
-    (`rollout.process.space`). end: "" while it runs; code: then its exit code; why: then the line that it ended with, where it
-    was no defect."""
+    (`rollout.process.space`); held: as in `rollout.pulse.Pulse`. end: "" while it runs; code: then its exit code; why: then the
+    line that it ended with, where it was no defect."""
 
     rank: int
     host: str
@@ -45,6 +45,7 @@ class Health:
     said: float = 0.0
     launches: Sequence[str] = ()
     space: str = ""
+    held: int = 0
     end: str = ""
     code: int = 0
     why: str = ""

@@ -21,6 +21,7 @@ from rollout.prompts import PromptSource
 from rollout.ranks import Ranks
 from rollout.sampler import Collected, Draw, EarlyScoring, SamplerState, SamplingStalled, SamplingStopped
 from rollout.types import Group
+from trainer import host_memory
 from trainer.actor import ScoredMiniBatch, Scoring
 from trainer.alarms import Alarms
 from trainer.batch import MiniBatch, mini_batch, mini_batches
@@ -30,7 +31,6 @@ from trainer.config_file import dump_config
 from trainer.cursors import go_on
 from trainer.evaluation import evaluate
 from trainer.guards import Guard
-from trainer.host_memory import give_back
 from trainer.lookahead import Lookahead
 from trainer.metrics import MetricsWriter, train_rows
 from trainer.mismatch import bounded, bounds_of, mismatch_row
@@ -276,9 +276,9 @@ class TrainingLoop:
 
     def save(self, state: RunState, wait: bool = False) -> None:
         with self.console.phase("checkpoint", None, "files"):
+            self.ranks.pulse.held = host_memory.held()  # before a thread has a checkpoint's bytes in hand
             hindrance = self.metrics.hindrance() if self.metrics is not None else None
             self.checkpoints.save(self.parts.actor, state, wait, hindrance)
-            give_back()
 
     def score_of(self, step: int) -> float | None:
         """What the step's evaluation gave; on rank 0."""
@@ -350,6 +350,8 @@ class TrainingLoop:
         trained = sum(len(sequence) for batch in batches for sequence in batch.sequences)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         row = {f"time/{phase}": value for phase, value in seconds.items()} | {"time/step": clock.total()}
+        if held := self.ranks.pulse.held:
+            row["memory/held_gib"] = held / 2**30
         return row | {
             "rate/sample": sampled / seconds["sample"],
             "rate/update": trained / (seconds["score"] + seconds["score_early"] + seconds["update"]),

@@ -272,7 +272,8 @@ class Watch:
         return Health(
             self._rank, self._host, self._pid, self._birth, step=main.step, phase=main.phase, place=main.place(),
             waits=waits, sequence=main.sequence, silent=round(main.silent(), 1),
-            said=time.monotonic(), launches=self._launches(), space=self._space, end=self._end, code=self._code, why=self._why,
+            said=time.monotonic(), launches=self._launches(), space=self._space, held=main.held,
+            end=self._end, code=self._code, why=self._why,
         )  # fmt: skip
 
     def _launches(self) -> list[str]:

@@ -1,17 +1,21 @@
 """What each process of a long run holds, step by step: memory, threads, open files; and whether any of it grows.
 
 Each process is looked at ten times a second; a step has the median and the least of the time until the next one was finished.
-Growth is the least of the last WINDOW steps against the least of the WINDOW steps after SETTLED: a checkpoint gives freed memory
-back, and what is used and not given back raises what is left then, while what a step needs for itself (an evaluation, a long
-batch, a thread that writes a checkpoint) and what glibc keeps of it do not. The medians of the same windows are told beside: they
-follow what the steps do, of which the longest output and the rounds of sampling stand in the record too.
+What a rank holds is its own word (`rollout.pulse.Pulse.held`): before each checkpoint it gives freed memory back and looks at
+once. So what a step needs for itself (an evaluation, a long batch, the bytes of a checkpoint that is being written) and what
+glibc keeps of it are not in it; what is used and never let go is.
+
+Growth is the median of what a rank held in the last WINDOW steps against that of the WINDOW steps after SETTLED; of another
+process, the least of the one window against the least of the other. The medians of all looks are told beside: they follow what
+the steps do, of which the longest output and the rounds of sampling stand in the record too.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -31,7 +35,9 @@ from benchmarks.soak.processes import (
     wait_until_gone,
 )
 from rollout.errors import InputError
+from trainer.hang_report import Health
 from trainer.metrics import number
+from trainer.report_writer import health_path
 
 SETTLED = 50
 """Steps after which memory shall not grow."""
@@ -52,7 +58,8 @@ class Series:
 
     mib: dict[str, list[float]] = field(default_factory=dict)
     least: dict[str, list[float]] = field(default_factory=dict)
-    """MiB."""
+    held: dict[str, list[float | None]] = field(default_factory=dict)
+    """Of the ranks; None before the first checkpoint. All three in MiB."""
     threads: dict[str, list[int]] = field(default_factory=dict)
     files: dict[str, list[int]] = field(default_factory=dict)
     processes: list[int] = field(default_factory=list)
@@ -74,7 +81,9 @@ class Series:
 
     def growth(self) -> dict[str, float]:
         """Process → its memory's growth after SETTLED steps, as a share. Those of the whole run alone."""
-        return self._grown(self.least, min)
+        others = {name: values for name, values in self.least.items() if name not in self.held}
+        told = {name: values for name, values in self.held.items() if None not in values[SETTLED:]}
+        return self._grown(others, min) | self._grown(told, median)
 
     def median_growth(self) -> dict[str, float]:
         """The same of what it holds in the middle of its steps: no promise, as it grows with what the steps do."""
@@ -100,7 +109,9 @@ class Series:
 
     def faults(self) -> list[str]:
         """What grew or was left, in words."""
-        grown = [f"{name} grew by {growth:.1%}" for name, growth in self.growth().items() if growth > MAX_GROWTH]
+        growth = self.growth()
+        grown = [f"{name} grew by {share:.1%}" for name, share in growth.items() if share > MAX_GROWTH]
+        grown += [f"{name} did not say what it held" for name in self.held if name not in growth and growth]
         counted = [
             f"{name}: {early:g} after {EARLY} steps, {late:g} after {LATE}, {end:g} at the end"
             for name, (early, late, end) in self.counts().items()
@@ -128,7 +139,7 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
             names |= seen.count(living)
         finished = steps_of(run)
         if finished > step:
-            seen.close(series, finished - step)
+            seen.close(series, finished - step, {each.name: held(run, each.rank) for each in living if each.kind == "rank"})
             step, seen, listed = finished, Seen(), 0.0
             if step % 10 == 0:
                 note(f"step {step}")
@@ -141,6 +152,13 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
     series.left = [each.name for each in wait_until_gone(mark, 30.0)]
     series.left += sorted((names & files_of_shared_memory()) - shared_memory(psutil.pids()))
     return series
+
+
+def held(run: Path, rank: int) -> float | None:
+    """MiB, as the rank last said."""
+    with suppress(OSError):
+        return Health.from_json(health_path(run, rank).read_text(encoding="utf-8")).held / 2**20 or None
+    return None
 
 
 class Seen:
@@ -167,9 +185,11 @@ class Seen:
                 suffix = f" ({names[each.name]})" if names[each.name] > 1 else ""
                 self._held[each.name + suffix].append(held)
 
-    def close(self, series: Series, steps: int) -> None:
-        """Adds this to the series, for each of the steps that were finished at once."""
+    def close(self, series: Series, steps: int, held: Mapping[str, float | None]) -> None:
+        """Adds this to the series, for each of the steps that were finished at once. held: MiB, of each rank."""
         for _ in range(steps):
+            for name, value in held.items():
+                series.held.setdefault(name, []).append(value)
             for name, looks in self._held.items():
                 for values, value in (
                     (series.mib, median(each.bytes for each in looks) / 2**20),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -29,12 +30,14 @@ def draw(file: Path) -> Path:
             growth = record["growth"].get(name)
             label = name if growth is None else f"{name} ({growth:+.1%})"
             memory.plot(steps, record["mib"][name], color=colour, linewidth=1.2, label=label)
-            memory.plot(steps, record["least"][name], color=colour, linewidth=0.6, linestyle=":")
+            low = record["held"].get(name, record["least"][name])
+            memory.plot(steps, [math.nan if value is None else value for value in low], color=colour, linestyle=":")
         memory.axvline(SETTLED, color=GREY, linewidth=0.8, linestyle=":")
         memory.set_ylim(bottom=0)
         memory.set_ylabel("MiB (resident)")
         memory.set_title(
-            f"Memory of each process: median and (dotted) least of each step; growth after step {SETTLED}: of the least",
+            f"Memory of each process: median of each step and, dotted, what growth after step {SETTLED} is taken from:\n"
+            "what a rank holds at its checkpoints, another process's least",
             loc="left",
         )
         figure.legend(*memory.get_legend_handles_labels(), ncols=len(names), loc="outside upper center")

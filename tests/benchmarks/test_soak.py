@@ -11,11 +11,13 @@ import pytest
 from benchmarks.soak import kills
 from benchmarks.soak.__main__ import kills_table, memory_table
 from benchmarks.soak.kills import Kill, KillSeries, Outcome, consistent, last_train, lost_prompts, same_as
-from benchmarks.soak.memory import Series
+from benchmarks.soak.memory import Series, held
 from benchmarks.soak.plot import draw
 from benchmarks.soak.processes import MARK, files_of_shared_memory, kind_of, new_mark, shared_memory, wait_until_gone
 from trainer.checkpoint_folder import NEEDED, STATE, describe, publish
+from trainer.hang_report import Health
 from trainer.metrics import LEDGER_FATES
+from trainer.report_writer import health_path
 
 
 def series(steps=210, **changes):
@@ -31,6 +33,7 @@ def series(steps=210, **changes):
     for name, value in changes.items():
         setattr(made, name, value)
     made.least = changes.get("least", made.mib)
+    made.held = changes.get("held", {"rank 0": made.mib["rank 0"]})
     return made
 
 
@@ -70,15 +73,26 @@ def test_growth_is_that_after_the_first_fifty_steps():
     leaking = [500.0 * (1 + 0.0002 * step) for step in range(210)]
     (fault,) = series(mib={"rank 0": leaking}).faults()
     assert fault == "rank 0 grew by 2.7%"
+    other = lambda values: series(mib={"rank 0": [500.0] * 210, "torchrun": values})  # noqa: E731
     sawtooth = [500.0 + 20 * (step % 10) for step in range(210)]
-    assert series(mib={"rank 0": sawtooth}).faults() == [], "what a checkpoint gives back is no growth"
-    (fault,) = series(mib={"rank 0": [value + 0.1 * step for step, value in enumerate(sawtooth)]}).faults()
-    assert fault.startswith("rank 0 grew by 2."), "a leak under it is"
-    peaks = [500.0 if step % 10 else 900.0 for step in range(210)]
-    assert series(mib={"rank 0": peaks}).faults() == [], "an evaluation's peak is no growth"
+    assert other(sawtooth).faults() == [], "what is given back is no growth"
+    (fault,) = other([value + 0.1 * step for step, value in enumerate(sawtooth)]).faults()
+    assert fault.startswith("torchrun grew by 2."), "a leak under it is"
+    flat = {"held": {"rank 0": [None] * 9 + [480.0] * 201}}
     working = [500.0 if step % 10 == 0 else 700.0 + step for step in range(210)]
-    assert series(mib={"rank 0": working}).growth() == {"rank 0": 0.0}
-    assert series(mib={"rank 0": working}).median_growth()["rank 0"] == pytest.approx(897 / 763 - 1, abs=0.01)
+    assert series(mib={"rank 0": working}, **flat).growth() == {"rank 0": 0.0}, "what steps need for themselves is no growth"
+    assert series(mib={"rank 0": working}, **flat).median_growth()["rank 0"] == pytest.approx(897 / 763 - 1, abs=0.01)
+    mute = {"held": {"rank 0": [480.0] * 100 + [None] * 110}}
+    assert series(**mute).faults() == ["rank 0 did not say what it held"], "another measure is not taken in its place"
+
+
+def test_what_a_rank_holds_is_its_own_word(tmp_path):
+    assert held(tmp_path, 0) is None
+    path = health_path(tmp_path, 0)
+    path.parent.mkdir()
+    for bytes_, mib in ((0, None), (3 << 20, 3.0)):
+        path.write_text(Health(0, "host", 1, 1, held=bytes_).to_json())
+        assert held(tmp_path, 0) == mib
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ CHARTS = (
     Chart(
         "Memory",
         "GiB",
-        "resident memory of rank 0, its peak",
-        _lines(("memory/rss_gib", "resident")),
+        "resident memory of rank 0: its peak, and what it held at the last checkpoint",
+        _lines(("memory/rss_gib", "peak"), ("memory/held_gib", "held")),
         zero=True,
     ),
 )
