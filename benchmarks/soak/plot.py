@@ -21,7 +21,7 @@ def draw(file: Path) -> Path:
     record = json.loads(file.read_text(encoding="utf-8"))
     whole = len(record["processes"])
     names = [name for name, values in record["mib"].items() if len(values) == whole]
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "axes.titlepad": 8}):
         figure = Figure(figsize=(10, 8), dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         memory, counts, work = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.3))
