@@ -26,9 +26,12 @@ four times at 16K tokens; on a CPU a quarter of a gigabyte, 384 of those rows, f
 
 
 class Head:
-    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64. d_weight_dtype: None where no gradient is wanted."""
+    """hidden_TD [T, D], weight_VD [V, D]: fp32, bf16, fp16 or fp64. d_weight_dtype: None where no gradient is wanted. kept: the
+    `buffer` of another Head of the same, whose `logits` came to an end: what stands in it is not computed again."""
 
-    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor, d_weight_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, d_weight_dtype: torch.dtype | None = None, kept: Tensor | None = None
+    ) -> None:
         if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
             shapes = f"{list(hidden_TD.shape)} and {list(weight_VD.shape)}"
             raise ValueError(f"hidden_TD, weight_VD: expected [T, D] and [V, D], got {shapes}")
@@ -38,27 +41,32 @@ class Head:
         if hidden_TD.is_cuda:
             hidden_TD, weight_VD = hidden_TD.to(inputs), weight_VD.to(inputs)
         self.hidden_TD, self.weight_VD = hidden_TD, weight_VD
-        tokens, vocabulary = len(hidden_TD), len(weight_VD)
+        tokens = len(hidden_TD)
+        shape = buffer_shape(hidden_TD, weight_VD)
+        rows, self._columns = shape
+        self.chunks = [slice(start, min(start + rows, tokens)) for start in range(0, tokens, max(1, rows))]
         backend = backend_of(hidden_TD.new_empty(0, dtype=self.wide))
         self.in_place = backend == "triton"
-        self._columns = (vocabulary + 63) // 64 * 64 if self.in_place else vocabulary
-        rows = chunk_rows(tokens, self._columns * self.wide.itemsize, hidden_TD.device.type)
-        self.chunks = [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
-        shape = (min(rows, tokens), self._columns)
-        if backend == "native":
-            self._buffer = torch.ops.keju.empty_reused(shape, self.wide)
+        if kept is not None:
+            self.buffer = kept
+        elif backend == "native":
+            self.buffer = torch.ops.keju.empty_reused(shape, self.wide)
         else:
-            self._buffer = hidden_TD.new_empty(shape, dtype=self.wide)
+            self.buffer = hidden_TD.new_empty(shape, dtype=self.wide)
+        self._kept, self._added = kept is not None, False
         self._d_weight_dtype = d_weight_dtype
         if d_weight_dtype is not None:
             make = weight_VD.new_zeros if tokens == 0 else weight_VD.new_empty
             self._d_weight_VD = make(weight_VD.shape, dtype=self.wide)
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their logits [R, V] fp32) chunk by chunk; a chunk's logits stand until the next is asked for."""
-        for rows in self.chunks:
-            logits_RV = self._buffer[: rows.stop - rows.start, : len(self.weight_VD)]
-            logits_into(logits_RV, self.hidden_TD[rows], self.weight_VD)
+        """(rows, their logits [R, V] fp32) chunk by chunk, from the last where that was kept; a chunk's logits stand until the
+        next is asked for."""
+        last = self.chunks[-1:] if self._kept else []
+        for rows in last + self.chunks[: len(self.chunks) - len(last)]:
+            logits_RV = self.buffer[: rows.stop - rows.start, : len(self.weight_VD)]
+            if rows not in last:
+                logits_into(logits_RV, self.hidden_TD[rows], self.weight_VD)
             yield rows, logits_RV
 
     def gradient_memory(self, rows: slice) -> Tensor:
@@ -68,24 +76,33 @@ class Head:
 
         both_bf16 = self.hidden_TD.dtype == self.weight_VD.dtype == torch.bfloat16
         dtype = torch.bfloat16 if both_bf16 else self.wide
-        return narrowed(self._buffer[: rows.stop - rows.start], len(self.weight_VD), dtype)
+        return narrowed(self.buffer[: rows.stop - rows.start], len(self.weight_VD), dtype)
 
     def add(self, rows: slice, d_logits_RV: Tensor) -> None:
         """Takes a chunk's gradient into d_hidden and d_weight."""
         count, hidden = rows.stop - rows.start, self.hidden_TD.shape[1]
-        add_d_weight(self._d_weight_VD, d_logits_RV, self.hidden_TD[rows], first=rows.start == 0)
+        add_d_weight(self._d_weight_VD, d_logits_RV, self.hidden_TD[rows], first=not self._added)
+        self._added = True
         if d_logits_RV.dtype != self.wide and hidden <= self._columns // 2:
-            d_hidden_RD = self._buffer[:count, :hidden]
+            d_hidden_RD = self.buffer[:count, :hidden]
         else:
-            d_hidden_RD = self._buffer.new_empty(count, hidden)
+            d_hidden_RD = self.buffer.new_empty(count, hidden)
         d_hidden_into(d_hidden_RD, d_logits_RV, self.weight_VD)
         self.d_hidden_TD[rows] = d_hidden_RD
 
     def d_weight(self) -> Tensor:
         """The sum, in the dtype that was asked for. The buffer is given up, so that both do not exist at once: the caller has let
         go of its chunks' logits and gradients."""
-        del self._buffer
+        del self.buffer
         return self._d_weight_VD.to(self._d_weight_dtype)
+
+
+def buffer_shape(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[int, int]:
+    """Rows and columns of the memory that holds a chunk's logits. Triton's rows are whole multiples of 64 columns."""
+    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    wide = wide_dtype(hidden_TD, weight_VD)
+    columns = (vocabulary + 63) // 64 * 64 if backend_of(hidden_TD.new_empty(0, dtype=wide)) == "triton" else vocabulary
+    return min(chunk_rows(tokens, columns * wide.itemsize, hidden_TD.device.type), tokens), columns
 
 
 def chunk_rows(tokens: int, row_bytes: int, device_type: str) -> int:

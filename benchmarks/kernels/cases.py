@@ -21,11 +21,11 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
 """Operations and their modes. policy_loss_from_logits is logprob_entropy and clipped_policy_loss, one after the other."""
 GEMMS = {
     ("linear_logprob_entropy", FORWARD): 1,
-    ("linear_logprob_entropy", BOTH): 4,
+    ("linear_logprob_entropy", BOTH): 3,
     ("linear_policy_loss", BOTH): 3,
 }
-"""GEMMs of 2·T·V·D operations each. Logits that are not kept must be formed twice where the arriving gradient is unknown
-in the forward (4 in all), once where it is known (3)."""
+"""GEMMs of 2·T·V·D operations each that the mathematics needs. Who does not keep all logits of linear_logprob_entropy until the
+gradient arrives forms the others twice: up to one more."""
 
 
 @dataclass(frozen=True, slots=True)

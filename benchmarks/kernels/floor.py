@@ -39,17 +39,13 @@ def bandwidth(case: Case, copy_ms: float) -> float:
 
 
 def floor_milliseconds(case: Case, measured: Mapping[str, Spread]) -> float | None:
-    """The time that no kernel which does not keep [T, V] can beat by much; None where the case has no floor. Code that keeps the
-    logits of linear_logprob_entropy spares one of its four GEMMs."""
+    """The time that no kernel can beat by much; None where the case has no floor."""
     if COPY in measured:
         return 1000 * (bytes_to_move(case) or 0) / bandwidth(case, measured[COPY].median)
     best = best_gemms(measured)
     if not best:
         return None
-    if GEMMS[case.operation, case.mode] == 1:
-        return best["logits"]
-    # Where the gradient is known only afterwards, the logits are formed a second time.
-    return sum(best.values()) + (best["logits"] if GEMMS[case.operation, case.mode] == 4 else 0)
+    return best["logits"] if GEMMS[case.operation, case.mode] == 1 else sum(best.values())
 
 
 def best_gemms(measured: Mapping[str, Spread]) -> dict[str, float]:

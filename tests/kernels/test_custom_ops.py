@@ -37,7 +37,7 @@ def operations(dtype: torch.dtype) -> dict[str, tuple]:
         "logprob_entropy_backward": (logits_TV, *row_backward),
         "logprob_entropy_backward_": (logits_TV.clone(), *row_backward),
         "clipped_policy_loss": (values_T.clone().requires_grad_(), *tokens, 0.2, 0.28, inputs.ref_logprob_T, 0.1),
-        "linear_logprob_entropy": (*leaves, labels, temperature, dtype),
+        "linear_logprob_entropy": (*leaves, labels, temperature, dtype, False),
         "linear_logprob_entropy_backward": (*detached, labels, temperature, values_T, saved_3T, *d_2T, dtype),
         "linear_policy_loss": (*leaves, labels, temperature, *tokens, inputs.ref_logprob_T, 0.2, 0.28, 0.1, 0.1, True, dtype),
         "scale_": (logits_TV.clone(), torch.tensor(2.0)),
@@ -62,6 +62,8 @@ def test_opcheck(path: Path, name, dtype):
     if name == "linear_policy_loss":
         torch.library.opcheck(operation, (placed[0].detach(), placed[1].detach(), *placed[2:-2], False, placed[-1]))
         checks.pop()
+    if name == "linear_logprob_entropy":
+        torch.library.opcheck(operation, (*placed[:-1], True), test_utils=checks[:-1])  # never kept where something is traced
     torch.library.opcheck(operation, tuple(placed), test_utils=checks)
 
 

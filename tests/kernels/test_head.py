@@ -181,7 +181,7 @@ def test_the_logits_are_gone_when_the_sum_is_rounded(path: Path, which, monkeypa
     gone = []
 
     def d_weight(self: Head) -> Tensor:
-        buffer = StorageWeakRef(self._buffer.untyped_storage())
+        buffer = StorageWeakRef(self.buffer.untyped_storage())
         result = rounded(self)
         gc.collect()  # of Triton's interpreter's last launch
         gone.append(buffer.expired())

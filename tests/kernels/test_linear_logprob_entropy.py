@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from head_problems import TOKENS, VOCABULARY, close, largest_error, problem
 from kernel_paths import REFERENCE, Path, set_chunk_rows
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels import reference
+from kernels import head, reference
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 
 
@@ -83,6 +86,64 @@ def test_chunks_change_no_row(path: Path, dtype, monkeypatch):
     for what, whole, chunked in zip(("logprob", "entropy", "d_hidden", "d_weight"), runs[0], runs[1], strict=True):
         eps = torch.finfo(whole.dtype).eps
         assert close(chunked, whole, 8 * eps), what
+
+
+@pytest.fixture
+def formed(monkeypatch) -> list[int]:
+    """Rows whose logits were formed, a GEMM an entry."""
+    rows: list[int] = []
+    plain = head.logits_into
+    note = lambda out_RV, hidden_RD, weight_VD: (rows.append(len(hidden_RD)), plain(out_RV, hidden_RD, weight_VD))  # noqa: E731
+    monkeypatch.setattr(head, "logits_into", note)
+    return rows
+
+
+@pytest.mark.parametrize(("chunk_rows", "expected"), [(100, [10]), (4, [4, 4, 2, 4, 4])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_last_chunks_logits_stay_for_the_backward(path: Path, dtype, chunk_rows, expected, monkeypatch, formed):
+    """And a second backward, which finds them overwritten, forms them again and gives the same."""
+    set_chunk_rows(monkeypatch, path, chunk_rows, VOCABULARY, torch.promote_types(dtype, torch.float32).itemsize)
+    hidden_TD, weight_VD, labels_T, incoming_2T = path.place(labelled(dtype))
+    assert len(labels_T) == 10
+    leaves = [hidden_TD.requires_grad_(), weight_VD.requires_grad_()]
+    outputs = linear_logprob_entropy(*leaves, labels_T, 0.8)
+    incoming = tuple(incoming_2T.to(outputs[0]))
+    first = torch.autograd.grad(outputs, leaves, incoming, retain_graph=True)
+    assert formed == expected
+    formed.clear()
+    second = torch.autograd.grad(outputs, leaves, incoming)
+    assert formed == expected[: -(-10 // chunk_rows)], "every chunk once"
+    eps = torch.finfo(dtype).eps
+    assert torch.equal(first[0], second[0])
+    assert close(first[1].cpu(), second[1].cpu(), 8 * eps), "of another order of chunks"
+    if chunk_rows == 100:
+        assert torch.equal(first[1], second[1])
+
+
+def test_nothing_is_kept_where_nobody_asks_for_a_gradient_and_longer_than_the_outputs(path: Path, monkeypatch):
+    hidden_TD, weight_VD, labels_T, _ = path.place(labelled(torch.float32))
+    buffers = []
+    plain = head.Head.__init__
+
+    def note(self, *arguments):
+        plain(self, *arguments)
+        buffers.append(StorageWeakRef(self.buffer.untyped_storage()))
+
+    monkeypatch.setattr(head.Head, "__init__", note)
+    weight_VD.requires_grad_()
+    with torch.no_grad():
+        outputs = linear_logprob_entropy(hidden_TD, weight_VD, labels_T)
+    gc.collect()  # of Triton's interpreter's last launch
+    assert buffers.pop().expired()
+    outputs = linear_logprob_entropy(hidden_TD, weight_VD, labels_T)
+    gc.collect()
+    assert not buffers[0].expired()
+    gc.disable()
+    try:
+        del outputs
+        assert buffers[0].expired(), "no cycle holds it"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -199,7 +199,7 @@ def test_workspace_of_the_loss_head_is_what_the_head_takes(monkeypatch, dtype, w
                     hidden_TD, weight_VD, labels_T, one, -ones_T, ones_T, ones_T, None, 0.2, 0.2, 0.0, 0.0, True, dtype
                 )
             else:
-                results = score_operation._init_fn(hidden_TD, weight_VD, labels_T, one, dtype)
+                results = score_operation._init_fn(hidden_TD, weight_VD, labels_T, one, dtype, False)
     taken = peak[0].total - inputs - sum(result.numel() * result.itemsize for result in results)
     planned = workspace_bytes(hidden_TD, weight_VD, "cpu", with_gradient=with_gradient)
     assert planned == pytest.approx(taken, rel=0.05)
