@@ -56,8 +56,10 @@ class Loading(Protocol):
 
 def prepare() -> None:
     """Before vLLM builds a model in this process."""
-    if current_platform.is_cpu() and not _packs():
-        utils.dispatch_cpu_unquantized_gemm = _leave_plain
+    if current_platform.is_cpu():
+        torch._scaled_mm = _emulated
+        if not _packs():
+            utils.dispatch_cpu_unquantized_gemm = _leave_plain
 
 
 def loading_of(model: nn.Module, model_config: Any) -> Loading:
@@ -211,6 +213,20 @@ def check_all_loaded(model: nn.Module, loaded: set[str]) -> None:
 
 def _packs() -> bool:
     return os.environ.get(PACK_VARIABLE, "1") != "0"
+
+
+_scaled_mm = torch._scaled_mm
+
+
+def _emulated(*arguments: Any, **options: Any) -> Tensor:
+    """FP8 on a CPU by torch's own emulation. Where there is AMX, torch hands the product to oneDNN, which has nothing but its
+    reference for it: the same result, some hundred times slower."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return _scaled_mm(*arguments, **options)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 _pack = utils.dispatch_cpu_unquantized_gemm

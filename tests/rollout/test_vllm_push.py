@@ -349,6 +349,31 @@ def test_no_other_copy_counts_as_checked(other):
         torch.zeros(64, 64).copy_(source)  # expected no longer
 
 
+def test_fp8_on_a_cpu_is_torchs_own_emulation(monkeypatch):
+    """On a CPU with AMX torch would ask oneDNN's reference, and an engine stand still for minutes."""
+    from rollout.vllm import loading
+
+    monkeypatch.setattr(torch, "_scaled_mm", torch._scaled_mm)  # and back
+    monkeypatch.setattr(loading.utils, "dispatch_cpu_unquantized_gemm", loading.utils.dispatch_cpu_unquantized_gemm)
+    loading.prepare()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn) for _ in range(2))
+    options = {"scale_a": torch.tensor(0.5), "scale_b": torch.tensor(2.0), "out_dtype": torch.float32}
+    assert torch.allclose(torch._scaled_mm(left, right.t(), **options), left.float() @ right.float().t(), rtol=1e-5, atol=1e-5)
+
+    asked = []
+
+    def product(*_arguments, **_options):
+        asked.append(torch._C._get_mkldnn_enabled())
+        raise ValueError("no product")
+
+    monkeypatch.setattr(loading, "_scaled_mm", product)
+    with pytest.raises(ValueError, match="no product"):
+        torch._scaled_mm(left, right.t(), **options)
+    assert asked == [False]
+    assert torch._C._get_mkldnn_enabled(), "for all else oneDNN is there again"
+
+
 def test_a_parameter_that_nothing_came_for_is_named():
     from rollout.vllm.loading import check_all_loaded
 
