@@ -58,6 +58,7 @@ def prepare() -> None:
     """Before vLLM builds a model in this process."""
     if current_platform.is_cpu():
         torch._scaled_mm = _emulated
+        torch.cpu._init_amx()  # vLLM's attention leaves asking the system to oneDNN, which may have had nothing to do before it
         if not _packs():
             utils.dispatch_cpu_unquantized_gemm = _leave_plain
 

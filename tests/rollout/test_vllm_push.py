@@ -355,13 +355,14 @@ def test_fp8_on_a_cpu_is_torchs_own_emulation(monkeypatch):
 
     monkeypatch.setattr(torch, "_scaled_mm", torch._scaled_mm)  # and back
     monkeypatch.setattr(loading.utils, "dispatch_cpu_unquantized_gemm", loading.utils.dispatch_cpu_unquantized_gemm)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda ask=torch.cpu._init_amx: asked.append("amx") or ask())
+    asked = []
     loading.prepare()
+    assert asked == ["amx"], "what oneDNN would have asked for"
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn) for _ in range(2))
     options = {"scale_a": torch.tensor(0.5), "scale_b": torch.tensor(2.0), "out_dtype": torch.float32}
     assert torch.allclose(torch._scaled_mm(left, right.t(), **options), left.float() @ right.float().t(), rtol=1e-5, atol=1e-5)
-
-    asked = []
 
     def product(*_arguments, **_options):
         asked.append(torch._C._get_mkldnn_enabled())
@@ -370,7 +371,7 @@ def test_fp8_on_a_cpu_is_torchs_own_emulation(monkeypatch):
     monkeypatch.setattr(loading, "_scaled_mm", product)
     with pytest.raises(ValueError, match="no product"):
         torch._scaled_mm(left, right.t(), **options)
-    assert asked == [False]
+    assert asked == ["amx", False]
     assert torch._C._get_mkldnn_enabled(), "for all else oneDNN is there again"
 
 
