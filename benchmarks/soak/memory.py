@@ -139,7 +139,7 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
             names |= seen.count(living)
         finished = steps_of(run)
         if finished > step:
-            seen.close(series, finished - step, {each.name: held(run, each.rank) for each in living if each.kind == "rank"})
+            seen.close(series, finished - step, {each.name: held_mib(run, each.rank) for each in living if each.kind == "rank"})
             step, seen, listed = finished, Seen(), 0.0
             if step % 10 == 0:
                 note(f"step {step}")
@@ -154,8 +154,8 @@ def watch(place: Place, run: Path, more: list[str], *, note: Callable[[str], Non
     return series
 
 
-def held(run: Path, rank: int) -> float | None:
-    """MiB, as the rank last said."""
+def held_mib(run: Path, rank: int) -> float | None:
+    """What the rank last said."""
     with suppress(OSError):
         return Health.from_json(health_path(run, rank).read_text(encoding="utf-8")).held / 2**20 or None
     return None

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.soak import kills
 from benchmarks.soak.__main__ import kills_table, memory_table
 from benchmarks.soak.kills import Kill, KillSeries, Outcome, consistent, last_train, lost_prompts, same_as
-from benchmarks.soak.memory import Series, held
+from benchmarks.soak.memory import Series, held_mib
 from benchmarks.soak.plot import draw
 from benchmarks.soak.processes import MARK, files_of_shared_memory, kind_of, new_mark, shared_memory, wait_until_gone
 from trainer.checkpoint_folder import NEEDED, STATE, describe, publish
@@ -87,12 +87,12 @@ def test_growth_is_that_after_the_first_fifty_steps():
 
 
 def test_what_a_rank_holds_is_its_own_word(tmp_path):
-    assert held(tmp_path, 0) is None
+    assert held_mib(tmp_path, 0) is None
     path = health_path(tmp_path, 0)
     path.parent.mkdir()
     for bytes_, mib in ((0, None), (3 << 20, 3.0)):
         path.write_text(Health(0, "host", 1, 1, held=bytes_).to_json())
-        assert held(tmp_path, 0) == mib
+        assert held_mib(tmp_path, 0) == mib
 
 
 @pytest.mark.parametrize(
